@@ -1,0 +1,36 @@
+# make reports            train what is missing, execute the experiments, write reports/index.html
+# make reports FRESH=1    the same from nothing, into reports/fresh, beside the committed results
+# make test               notebooks and package in sync, notebook tests, pytest, a smoke run of every experiment
+PROFILE ?= quick
+PYTHON  ?= python3
+VENV    ?= .venv
+BIN     := $(VENV)/bin
+JOBS    ?= $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: help install reports test notebooks readme data clean
+help:
+	@grep '^# make' Makefile | cut -c3-
+
+install: $(VENV)/.installed
+$(VENV)/.installed: constraints.txt settings.ini setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $@
+
+reports: install
+	$(BIN)/nbdev_export
+	$(BIN)/pcan_report --profile $(PROFILE) $(if $(FRESH),--fresh)
+
+data: install
+	$(BIN)/pcan_synth $(PROFILE)
+
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(JOBS) --do_print
+	$(BIN)/python -m pytest
+
+readme: install
+	$(BIN)/python -m pcan.docs
+
+clean:
+	rm -rf data/cache data/synth reports/smoke reports/fresh
