@@ -36,10 +36,9 @@ def class_means(
     with torch.autocast(F.device.type, enabled=False):
         m = mask.float()
         sums = torch.cat([m.T @ F.float(), m.sum(0)[:,None]], 1)      # (K,C+1)
-    if dist.is_available() and dist.is_initialized():
-        total = sums.detach().clone()
-        dist.all_reduce(total)
-        sums = total + dist.get_world_size()*(sums - sums.detach())   # values of all, gradient of ours
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size()>1:
+        from torch.distributed.nn.functional import all_reduce        # the one that knows its gradient
+        sums = all_reduce(sums)
     s, n = sums[:,:-1], sums[:,-1:].detach()
     return s/n.clamp(min=1), n
 

@@ -92,7 +92,7 @@ def chair(img, look, cam):
 # %% ../nbs/22_render.ipynb #22-render-06
 def head_layer(p, cam, look):
     "Hair, face and its details, for every frame."
-    k = cam.scale*1.1; f = {n: fixed(p[n][..., :2]) for n in p if not n.startswith(("hand", "object"))}
+    k = cam.scale*1.2; f = {n: fixed(p[n][..., :2]) for n in p if not n.startswith(("hand", "object"))}
     up = p["top"][:, :2] - p["chin"][:, :2]; angle = np.degrees(np.arctan2(up[:, 0], -up[:, 1]))
     facing = p["front"][:, 2] - p["centre"][:, 2]                      # metres towards the camera, .6 = straight
     skin, edge, dark = look.skin, shade(look.skin, .72), shade(look.skin, .55)
@@ -103,8 +103,8 @@ def head_layer(p, cam, look):
         g = lambda n: f[n][t]
         oval(img, g("crown"), .128*k, .132*k, angle[t], look.hair)
         for S in "RL": disc(img, g("ear" + S), .028*k, edge); disc(img, g("ear" + S), .022*k, skin)
-        oval(img, g("face"), .100*k + .8, .132*k + .8, angle[t], edge)
-        oval(img, g("face"), .100*k, .132*k, angle[t], skin)
+        oval(img, g("face"), .099*k + .8, .124*k + .8, angle[t], edge)
+        oval(img, g("face"), .099*k, .124*k, angle[t], skin)
         fringe = f["face"][t]*.55 + f["top"][t]*.45
         if look.style != 1: oval(img, fringe, .098*k, .062*k, angle[t], look.hair)
         else: oval(img, fringe*.5 + f["top"][t]*.5, .085*k, .045*k, angle[t], look.hair)

@@ -123,6 +123,8 @@ class SlowOnly(nn.Module):
         if x.ndim != 5 or x.shape[1] != C:
             raise ValueError(f'input of shape {tuple(x.shape)}, expected (B,{C},T,H,W): reorder its axes, or set '
                              f'Pathway.in_channels (now {C}) to the channels of the data')
+        w, last = self.conv1.conv.weight, torch.channels_last_3d
+        if w.is_contiguous(memory_format=last): x = x.contiguous(memory_format=last) # follow the weights' layout
         return self.maxpool(self.conv1(x))
 
     def stages(self)->list: # of nn.Sequential

@@ -5,20 +5,20 @@ __all__ = ['VERSION', 'SPLITS', 'SPECS', 'PLACES', 'REST_HANDS', 'LEGS', 'REST_L
            'CURLS', 'SWINGS', 'HEAD_POINTS', 'SynthSpec', 'get_spec', 'shares', 'labels', 'rng_of', 'Subject',
            'subject', 'rot', 'unit', 'bend', 'Place', 'Legs', 'Motion', 'row', 'smooth', 'envelope', 'drift',
            'channels', 'hand_points', 'Figure', 'axes', 'trunk', 'legs', 'beat', 'seat_of', 'arm', 'act', 'mirror',
-           'Camera', 'camera', 'joints', 'detect', 'SynthClip', 'cast', 'clip']
+           'Camera', 'camera', 'joints', 'detect', 'SynthClip', 'cast', 'clip', 'clip_name', 'list_texts',
+           'manifest_of', 'write_mp4', 'make_clip', 'one_thread', 'check_root', 'untuple', 'generate', 'spread']
 
 # %% ../nbs/21_synth.ipynb #21-synth-02
-import hashlib, json, os
-from dataclasses import asdict, dataclass, replace
+import json, pickle
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from .files import DataError, atomic, read_json, sha256_file, write_json
+from .files import DataError, atomic, data_dir, read_json, sha256_file, sha256_json, write_json
 from .render import look, paint
-from .skeleton import FLIP_PAIRS, flip_order
 from .tree import MA52, TRAIN_COUNTS
 
 VERSION = 1  # raise by hand whenever the same spec would give other clips
@@ -163,7 +163,7 @@ PLACES = dict(
     wide=Place("torso", (.50, .27, .34), (.75, .1, .5), (0, 1, .5), (.3, -1, -.5)),
     drum=Place("thigh", (-.01, .12, .13), (-.35, -.35, .6), (0, -1, -.3)),
     talk=Place("torso", (.17, .40, .38), (-.2, .75, .5), (-.7, 0, -.3)),
-    neck=Place("torso", (.055, .555, .065), (-.55, .75, -.3), (-.6, 0, -1), (.9, -1, .3)),
+    neck=Place("torso", (.06, .53, .05), (-.75, .55, -.4), (-.3, -.3, -1), (.9, -1, .3)),
     chest=Place("torso", (-.09, .38, .135), (-1, .18, 0), (0, 0, -1), (1, -.7, .1)),
     back=Place("torso", (-.06, .22, -.19), (-.95, .2, -.1), (0, 0, 1), (1, -.25, -.5)),
     shoulder=Place("across", (.0, .055, .05), (-.75, .4, -.45), (0, -1, -.5), (.3, -.9, .5)),
@@ -171,14 +171,14 @@ PLACES = dict(
     folded=Place("torso", (-.22, .32, .13), (-1, .2, -.15), (0, 0, -1), (.7, -1, .2)),
     folded2=Place("torso", (-.17, .26, .20), (-1, .1, -.2), (0, 0, -1), (.7, -1, .2)),
     hair=Place("head", (.015, .165, .06), (-.55, .45, -.5), (-.2, -1, -.3), (1, -.5, .1)),
-    hind=Place("head", (-.01, .0, -.13), (-.85, .1, -.35), (0, 0, 1), (1, .35, .05)),
-    forehead=Place("head", (-.02, .085, .125), (-.8, .6, .0), (0, 0, -1), (1, -.75, .2)),
-    cheek=Place("head", (.075, -.035, .085), (-.12, .95, -.1), (-1, 0, -.6), (.5, -1, .4)),
+    hind=Place("head", (-.01, .01, -.15), (-.9, .1, -.3), (0, 0, 1), (1, .35, -.1)),
+    forehead=Place("head", (-.03, .085, .12), (-1., .22, .0), (0, 0, -1), (1, -.6, .2)),
+    cheek=Place("head", (.085, -.065, .075), (-.25, .95, -.1), (-1, 0, -.6), (.5, -1, .4)),
     eye=Place("head", (.045, .025, .125), (-.4, .9, -.05), (0, 0, -1), (.7, -1, .3)),
     nose=Place("head", (.0, -.02, .15), (-.35, .85, -.25), (-.3, 0, -1), (.5, -1, .4)),
-    ear=Place("head", (.115, .0, .01), (-.1, .95, -.2), (-1, 0, 0), (1, -.8, -.1)),
+    ear=Place("head", (.115, -.005, .03), (-.25, .95, -.1), (-1, 0, -.3), (.5, -1, .45)),
     mask=Place("head", (.035, .075, .13), (-.2, 1, .0), (0, 0, -1), (.5, -1, .4)),
-    mouth=Place("head", (-.07, -.055, .13), (-.9, .45, .0), (0, 0, -1), (.7, -1, .3)),
+    mouth=Place("head", (-.06, -.075, .13), (-.9, .45, .0), (0, 0, -1), (.7, -1, .3)),
     glasses=Place("head", (.0, .025, .15), (-.6, .55, -.45), (-.2, -.5, -1), (1, -.7, .3)),
     thigh=Place("thigh", (-.01, .075, .08), (-.35, -.3, .8), (0, -1, 0)),
     shin=Place("knee", (.0, -.15, .07), (-.15, -.95, .25), (0, 0, -1), (.9, -.6, 0)),
@@ -202,7 +202,7 @@ LEGS = dict(
     forward=Legs((.15, .07, .74), toe=(.15, .25, 1.)),
     under=Legs((.13, .12, .12), toe=(.2, -.5, 1.)),
     curl=Legs((.10, .47, .24), (.14, .08, .42), (.25, 1, .25), (.12, 1, .8), (.1, -.1, 1.), (.2, -.25, 1.)),
-    tiptoe=Legs((.13, .175, .40), toe=(.15, -1.2, .75)),
+    tiptoe=Legs((.13, .20, .40), toe=(.15, -1.2, .75)),
     four=Legs((-.13, .585, .43), (.15, .08, .42), (1., .35, .2), (.12, 1, .8), (-.9, .1, .45), (.2, -.25, 1.)))
 REST_LEGS = ("flat", "crossed", "ahead", "tucked")
 
@@ -230,7 +230,7 @@ MOTIONS = (
     row("leave", slump=1.),                                                                  # sitting straightly
     row("visit", shrug=.085, tilt=.06),                                                      # shrugging
     row("visit", twist=-.75, turn=-.65),                                                     # turning around
-    row("hold", rise=.30, lean=.22),                                                         # rising up
+    row("hold", rise=.26, lean=.22),                                                         # rising up
     row("hold", nod=.60),                                                                    # bowing head
     row("hold", nod=-.50),                                                                   # head up
     row("hold", tilt=.45),                                                                   # tilting head
@@ -389,10 +389,10 @@ def trunk(
     up, wide = .52*who.torso*(1 - .07*slump), .185*who.wide
     p = dict(hip=hip, neck=hip + to(0, up, -.01*slump))
     for S, side in (("R", -1), ("L", 1)):
-        p["shoulder" + S] = hip + to(side*(wide - .25*np.maximum(c["shrug"], 0)), up - .035 + c["shrug"], 0)
+        p["shoulder" + S] = hip + to(side*wide, up - .035 + c["shrug"], 0)
         p["hip" + S] = hip + np.array([side*.10*who.wide, 0, 0])
         p["rib" + S] = hip + to(side*.125*who.wide, .19, .02)
-    H = R @ rot(c["turn"], c["nod"] + .25*slump*.5, c["tilt"]); k = 1.12*who.head
+    H = R @ rot(c["turn"], c["nod"] + .25*slump*.5, c["tilt"]); k = 1.22*who.head
     centre = p["neck"] + to(0, .035, .015) + np.einsum("tij,j->ti", H, np.array([0, .15, .025])*k)
     for n, o in HEAD_POINTS.items(): p[n] = centre + np.einsum("tij,j->ti", H, np.array(o)*k)
     p["bridge"] = centre + np.einsum("tij,tj->ti", H, v(z, .018 + .03*c["push"], .118 + z))*k
@@ -500,7 +500,7 @@ class Camera(NamedTuple):
 def camera(spec, s, session, r):
     "One camera per session, with a little of its own per clip."
     g = rng_of(spec.seed, 303, s, session); (h, w) = spec.size
-    return Camera(g.uniform(-.28, .28) + .03*r.randn(), g.uniform(.10, .24), h/1.85*g.uniform(.94, 1.04),
+    return Camera(g.uniform(-.28, .28) + .03*r.randn(), g.uniform(.10, .24), h/1.88*g.uniform(.94, 1.04),
                   w*(.5 + .03*g.randn()), h*(.55 + .01*g.randn()))
 
 def joints(
@@ -566,5 +566,109 @@ def clip(
     truth = joints(p)[..., :2]; keypoint, score = detect(truth, spec, cam.scale, r)
     pixels = paint(p, cam, look(rng_of(spec.seed, 202, s), rng_of(spec.seed, 203, s, session), who.glasses or MOTIONS[motion].prop == "glasses"),
                    spec.size, spec.grain, r) if frames else None
-    name = f"test{i:04d}" if split == "test" else f"{s + 1:04d}_{session:02d}_{i + 5000*(split == 'val'):04d}"
-    return SynthClip(name, label, keypoint, score, pixels, motion, s, truth.astype(np.float32))
+    return SynthClip(clip_name(split, s, session, i), label, keypoint, score, pixels, motion, s, truth.astype(np.float32))
+
+# %% ../nbs/21_synth.ipynb #21-synth-21
+def clip_name(split, s, session, i): # MA-52's subject_session_clip; test names tell nothing
+    "File name of a clip, without ending."
+    return f"test{i:04d}" if split == "test" else f"{s + 1:04d}_{session:02d}_{i + 5000*(split == 'val'):04d}"
+
+@lru_cache(maxsize=8)
+def list_texts(
+    spec: SynthSpec, # which set
+):                   # file name -> text
+    "The annotation files: three lists, the class names, and the answers MA-52 keeps to itself."
+    out = {"label_name.txt": "".join(f"{k}\t{a}\n" for k, a in enumerate(MA52.actions))}
+    for split, n in zip(SPLITS, spec.counts):
+        rows = [(clip_name(split, s, session, i), y) for i in range(n) for s, session, y, _, _ in [cast(spec, split, i)]]
+        text = lambda rows: "".join(f"{name}.mp4 {y}\n" for name, y in rows)
+        out[f"{split}_list_videos.txt"] = text([(name, 0 if split == "test" else y) for name, y in rows])
+        if split == "test": out["test_labels.txt"] = text(rows)
+    return out
+
+def manifest_of(
+    spec, # a `SynthSpec` or the name of one
+):        # dict with sha256, version, spec, counts
+    "What a data set is, told without drawing a pixel: the same on every machine."
+    spec = get_spec(spec); row = json.loads(json.dumps(asdict(spec)))
+    return dict(sha256=sha256_json(dict(version=VERSION, spec=row, lists=list_texts(spec))), version=VERSION, seed=spec.seed,
+                counts=dict(zip(SPLITS, spec.counts)), spec=row)
+
+# %% ../nbs/21_synth.ipynb #21-synth-22
+def write_mp4(
+    path,    # where
+    frames,  # (T,H,W,3) uint8 RGB
+    fps=30,
+):
+    "H.264, one thread, whole or not at all."
+    import av
+    with atomic(path) as f, av.open(f, "w", format="mp4") as box:
+        s = box.add_stream("libx264", rate=fps, options=dict(preset="ultrafast", crf="23", g="12"))
+        s.codec_context.thread_count = 1; s.height, s.width = frames.shape[1:3]; s.pix_fmt = "yuv420p"
+        for x in frames: box.mux(s.encode(av.VideoFrame.from_ndarray(x, format="rgb24")))
+        box.mux(s.encode())
+
+def make_clip(job):
+    "Write one video unless it is there; give back its pickle row."
+    spec, root, split, i = job; s, session, label, _, _ = cast(spec, split, i)
+    path = Path(root)/"raw_videos"/split/f"{clip_name(split, s, session, i)}.mp4"
+    c = clip(spec, split, i, frames=not path.exists())
+    if c.frames is not None: write_mp4(path, c.frames)
+    return dict(frame_dir=c.name, label=0 if split == "test" else c.label, img_shape=spec.size, original_shape=spec.size,
+                total_frames=spec.frames, keypoint=c.keypoint[None], keypoint_score=c.score[None])
+
+def one_thread():
+    "A worker process draws on one thread."
+    import cv2; cv2.setNumThreads(0)
+
+def check_root(root, want):
+    "Refuse a folder that holds another data set; tell whether ours is complete there."
+    for name in ("manifest.json", "manifest.partial.json"):
+        if (root/name).exists() and (got := read_json(root/name)).get("sha256") != want["sha256"]:
+            raise DataError(f"{root} holds another data set (sha256 {str(got.get('sha256'))[:12]}, generator version {got.get('version')}); "
+                            f"expected {want['sha256'][:12]}, version {want['version']}. Delete that folder or give another root")
+    if not any((root/n).exists() for n in ("manifest.json", "manifest.partial.json")):
+        if root.exists() and any(root.iterdir()): raise DataError(f"{root} is not empty and holds no synthetic data set; give another root")
+        return False
+    names = {s: {line.split()[0] for line in list_texts(get_spec(SynthSpec(**untuple(want["spec"]))))[f"{s}_list_videos.txt"].splitlines()} for s in SPLITS}
+    have = {s: {p.name for p in (root/"raw_videos"/s).glob("*.mp4")} for s in SPLITS}
+    got = read_json(root/"manifest.json") if (root/"manifest.json").exists() else {}
+    return bool(got) and names == have and all((root/f).exists() for f in got["files"])
+
+def untuple(row): return {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+
+def generate(
+    spec,                # a `SynthSpec` or the name of one
+    root=None,           # folder; data/synth/<name> when not given
+    workers: int = 2,    # processes, one thread each
+    progress: bool = True, # show a bar
+)->dict:                 # the manifest
+    "Write the data set in MA-52's own files. Goes on where it stopped; returns at once when complete."
+    spec = get_spec(spec); root = Path(root) if root else data_dir()/"synth"/spec.name; want = manifest_of(spec)
+    if check_root(root, want): return read_json(root/"manifest.json")
+    write_json(root/"manifest.partial.json", want)
+    for name, text in list_texts(spec).items():
+        with atomic(root/"annotations"/name, "wb") as f: f.write(text.encode())
+    jobs = [(spec, str(root), split, i) for split, n in zip(SPLITS, spec.counts) for i in range(n)]
+    rows = spread(make_clip, jobs, workers, progress and spec.name)
+    for split, n in zip(SPLITS, spec.counts):
+        mine = [next(rows) for _ in range(n)]
+        with atomic(root/"MA-52_openpose_28kp"/f"MA52_{split}.pkl") as f: pickle.dump(mine, f, protocol=4)
+    files = sorted(p.relative_to(root).as_posix() for d in ("annotations", "MA-52_openpose_28kp") for p in (root/d).iterdir())
+    next(rows, None)  # lets the bar and the processes end
+    write_json(root/"manifest.json", want | dict(files={f: sha256_file(root/f) for f in files}))
+    (root/"manifest.partial.json").unlink()
+    return read_json(root/"manifest.json")
+
+def spread(
+    f,        # function of one job, importable
+    jobs,     # list of jobs
+    workers,  # processes
+    bar="",   # name of the progress bar, or nothing
+):            # results in the order of the jobs
+    "Map over fresh processes, or in this one when workers is 1."
+    import multiprocessing as mp
+    from tqdm import tqdm
+    show = lambda it: tqdm(it, total=len(jobs), desc=str(bar), disable=not bar, mininterval=1)
+    if workers <= 1: yield from show(map(f, jobs)); return
+    with mp.get_context("spawn").Pool(workers, one_thread) as pool: yield from show(pool.imap(f, jobs, chunksize=4))

@@ -127,15 +127,15 @@ def load_checkpoint(
 def predict(
     model, loader, accelerator,
     prepare, # `prepare(batch) -> inputs`
-    fuse,    # `fuse(outputs) -> {stream: (p_action (B,K_A), p_body (B,K_B))}`
-)->dict:     # `index (N,)`, `label (N,)`, `<stream>_action (N,K_A)`, `<stream>_body (N,K_B)` as numpy arrays, in the data set's order
+    fuse,    # `fuse(outputs) -> {stream: (p_action (B,K_A), p_body (B,K_B) or None)}`
+)->dict:     # `index (N,)`, `label (N,)`, `<stream>_action (N,K_A)` and, where there is one, `<stream>_body (N,K_B)`: numpy arrays in the data set's order
     "Probabilities of every clip, each counted once whatever the number of processes."
     model.eval()
     parts = []
     for batch in loader:
         with accelerator.autocast(): outputs = model(*prepare(batch))
         row = {"index": batch["index"], "label": batch["label"]}
-        for stream,(action,body) in fuse(outputs).items(): row |= {f"{stream}_action": action, f"{stream}_body": body}
+        for stream,(action,body) in fuse(outputs).items(): row |= {f"{stream}_action": action} | ({} if body is None else {f"{stream}_body": body})
         parts.append({k: v.cpu() for k,v in accelerator.gather_for_metrics(row).items()})
     out = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
     order = out["index"].argsort()
@@ -171,7 +171,7 @@ def fit(
     model = model.to(accelerator.device, memory_format=torch.channels_last_3d)
     optimizer = make_optimizer(model, o)
     history = load_checkpoint(checkpoint, model, optimizer) if checkpoint.exists() else []
-    net, loss_fn, optimizer, loader = accelerator.prepare(model, loss_fn, optimizer, loader)
+    net, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     bar = tqdm(total=o.epochs*len(loader), initial=len(history)*len(loader), desc=path.name, unit="step", mininterval=1, disable=not(progress and accelerator.is_main_process))
     for epoch in range(len(history), o.epochs):
         if stop_after is not None and stop_after <= 0: break
