@@ -182,7 +182,7 @@ def _joints(keypoint, box, flip, size, order): # (B,T,V,3) crop pixels -> (B,T,V
 # %% ../nbs/12_augment.ipynb #12-augment-29
 @torch.no_grad()
 def prepare(
-    batch:dict,     # from `pcan.data.loader`: rgb `(B,[N,]T,S,S,3)` uint8, keypoint `(B,[N,]T,V,3)`, crop `(B,4)`, flip `(B,)`
+    batch:dict,     # of `pcan.data`: rgb `(B,[N,]T,S,S,3)` uint8, keypoint `(B,[N,]T,V,3)`, crop `(B,4)`, flip `(B,)`
     spec:ClipSpec,  # sizes
     train:bool,     # training sizes or test sizes
 )->tuple:           # rgb `(B*N,3 or 6,T,s,s)` normalised, pose `(B*N,V,T,h,w)`; None for a stream that is off

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'GROUPS', 'TERMS', 'SHARES', 'style', 'stamp', 'save_figure', 'per_class', 'level', 'halves', 'difficulty',
-           'plot_difficulty', 'ambiguous', 'answers', 'plot_answers', 'changes', 'tally', 'plot_changes',
-           'curve_points', 'plot_lines']
+           'gains', 'plot_difficulty', 'ambiguous', 'answers', 'plot_answers', 'changes', 'tally', 'plot_changes',
+           'curve_points', 'plot_curves', 'plot_terms', 'plot_shares', 'picture', 'plot_contact']
 
 # %% ../nbs/73_figures.ipynb #73-figures-02
 import io
@@ -94,6 +94,7 @@ def difficulty(
     ours:list,        # ours, same seeds
     split:bool=False, # sort on one half of the clips, measure on the other
     W=None,           # `(R,N)` clip weights for the measuring
+    by:list=None,     # `Predictions` that sort, the baseline's by default
 ): # number of actions (3,), baseline (R,3), ours (R,3): mean accuracies per group
     "Mean accuracy of both systems on easy, medium and hard actions."
     y = base[0].y_a; W = np.ones((1, len(y))) if W is None else W
@@ -101,11 +102,18 @@ def difficulty(
     count, A, B = np.zeros(3), [], []
     for sort,measure in folds:
         A.append(per_class(base, W*measure)); B.append(per_class(ours, W*measure))
-        g = level(per_class(base, sort[None])[0]); count += [(g==i).sum()/len(folds) for i in range(3)]
+        g = level(per_class(by or base, sort[None].astype(float))[0]); count += [(g==i).sum()/len(folds) for i in range(3)]
         for X in (A, B): X[-1] = np.stack([np.where(g==i, X[-1], np.nan) for i in range(3)], 1)  # (R,3,K)
-    with np.errstate(all="ignore"):
-        import warnings; warnings.simplefilter("ignore", RuntimeWarning)
-        return count, np.nanmean(np.concatenate(A, -1), -1), np.nanmean(np.concatenate(B, -1), -1)
+    return count, *(_mean(np.concatenate(X, -1)) for X in (A, B))
+
+def _mean(x): # nanmean over the last axis, nan where there is nothing
+    n = (~np.isnan(x)).sum(-1)
+    return np.divide(np.nansum(x, -1), n, out=np.full(n.shape, np.nan), where=n>0)
+
+def gains(base:list, ours:list, W)->list: # of `Difference`: easy, medium, hard
+    "What ours gains in each group, sorted on one half and measured on the other, with intervals."
+    D = np.stack([np.subtract(*difficulty([a], [b], True, W, by=base)[:0:-1]) for a,b in zip(base, ours)])  # (S,R,3)
+    return [interval(D[...,i], len(base[0].y_a)) if np.isfinite(D[:,0,i]).all() else None for i in range(3)]
 
 # %% ../nbs/73_figures.ipynb #73-figures-21
 def plot_difficulty(t): # -> figure
@@ -210,16 +218,71 @@ def plot_changes(t): # -> figure
 
 # %% ../nbs/73_figures.ipynb #73-figures-33
 TERMS = dict(ce_a="CE action", ce_b="CE body", hp="HP", pcc_b="PCC body", pcc_a="PCC action", pda="PDA")
-SHARES = dict(tp="TP", fn_a1="FN: body right", fn_a2="FN: both wrong", fn_a3="FN: action right", fp="FP")
+SHARES = dict(tp_a="TP: both right", fn_a1="FN: body right", fn_a2="FN: both wrong", fn_a3="FN: action right")
 
 def curve_points(results, kinds): # DataFrame: run, system, seed, epoch, key, value
     "The history of some runs, one number per row. `kinds` are beginnings of keys, `rgb/share_` for instance."
     import pandas as pd
     rows = [dict(run=r.run.name, system=r.run.system, seed=r.run.seed, epoch=int(h["epoch"])+1, key=k, value=float(v)) for r in results for h in r.history
-            for k,v in h.items() if k.startswith(tuple(kinds)) and isinstance(v, (int, float))]
+            for k,v in h.items() if k.startswith(tuple(kinds)) and isinstance(v, (int, float)) and np.isfinite(v)]
     return pd.DataFrame(rows, columns=["run", "system", "seed", "epoch", "key", "value"])
 
-def plot_lines(t, ax, label, color, **kw):
-    "One thin line per run and a marker where there is a single epoch."
-    for i,(_,d) in enumerate(t.groupby("run", sort=False)):
-        ax.plot(d.epoch, d.value, color=color, label=label if i==0 else None, marker="o" if len(d)==1 else None, ms=4, **kw)
+def plot_curves(t): # -> figure
+    "Training loss and validation accuracy of all runs; ablations in the background. `t` from `curve_points`, with a column label."
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, 2, figsize=(7.2, 2.9))
+    for ax,(key,title,unit) in zip(axes, (("loss", "Training loss", 1), ("val/fused/action_top1", "Validation, fused action top-1, %", 100))):
+        for label,color,width in (("ablations", "#d3d6da", .9), *((s, c, 2) for s,c in COLORS.items())):
+            for i,(_,d) in enumerate(t[(t.key==key) & (t.label==label)].groupby("run", sort=False)):
+                ax.plot(d.epoch, unit*d.value, color=color, lw=width, label=label if i==0 else None, marker="o" if len(d)==1 else None, ms=4)
+        ax.set(title=title, xlabel="epoch"); ax.xaxis.get_major_locator().set_params(integer=True)
+    axes[0].set_yscale("log"); axes[0].tick_params(axis="y", which="minor", labelleft=False); axes[1].legend(loc="lower right")
+    return fig
+
+def plot_terms(t): # -> figure
+    "Weighted loss terms of one run, per stream. `t` has columns stream, term, epoch, value."
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, 2, figsize=(7.2, 2.7), sharey=True)
+    for ax,stream in zip(axes, ("rgb", "pose")):
+        for (term,name),c in zip(TERMS.items(), BODY_COLORS):
+            d = t[(t.stream==stream) & (t.term==term)]
+            if len(d): ax.plot(d.epoch, d.value, color=c, label=name, marker="o" if len(d)==1 else None, ms=4)
+        ax.set(title=dict(rgb="RGB", pose="Pose")[stream], xlabel="epoch"); ax.xaxis.get_major_locator().set_params(integer=True)
+    axes[0].set_ylabel("term × its weight"); axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return fig
+
+# %% ../nbs/73_figures.ipynb #73-figures-34
+def plot_shares(t): # -> figure
+    "How each batch is sorted, over training: right, three kinds of half-right or wrong. `t` has columns stream, term, epoch, value."
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, 2, figsize=(7.2, 2.7), sharey=True)
+    colors = ("#2F3E8F", "#56B4E9", "#D55E00", "#E69F00")
+    for ax,stream in zip(axes, ("rgb", "pose")):
+        d = t[t.stream==stream].pivot_table(index="epoch", columns="term", values="value", sort=False)
+        bottom, e = np.zeros(len(d)), d.index.to_numpy()
+        for (term,name),c in zip(SHARES.items(), colors):
+            if term not in d: continue
+            ax.bar(e, 100*d[term], .92, bottom=bottom, color=c, label=name); bottom = bottom + 100*d[term].to_numpy()
+        ax.set(title=dict(rgb="RGB", pose="Pose")[stream], xlabel="epoch", ylim=(0, 100)); ax.xaxis.get_major_locator().set_params(integer=True)
+    axes[0].set_ylabel("share of the training clips, %"); axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1), reverse=True)
+    return fig
+
+# %% ../nbs/73_figures.ipynb #73-figures-39
+def picture(clip, side:int=260, at=None): # (side,side,3) uint8, or (n,side,side,3) for n frame numbers
+    "Frames of a clip, cut to the person, with the keypoints drawn. The middle frame by default."
+    from pcan.augment import ClipSpec
+    from pcan.data import person_frames, person_keypoint
+    from pcan.skeleton import draw_skeleton
+    spec, t = ClipSpec(side=side), [len(clip.keypoint)//2] if at is None else list(at)
+    kp = person_keypoint(clip, spec)
+    out = np.stack([draw_skeleton(f, kp[i,:,:2], kp[i,:,2], 2) for f,i in zip(person_frames(clip, spec, t), t)])
+    return out[0] if at is None else out
+
+def plot_contact(rows:list, side:int=112): # -> figure
+    "A contact sheet. `rows` are (label, `Clip`); six frames each, first to last."
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(len(rows), 1, figsize=(7.2, 1.02*len(rows)), squeeze=False)
+    for ax,(label,clip) in zip(axes[:,0], rows):
+        ax.imshow(np.concatenate(list(picture(clip, side, np.linspace(0, len(clip.keypoint)-1, 6).round().astype(int))), 1)); ax.set(xticks=[], yticks=[])
+        ax.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8); [s.set_visible(False) for s in ax.spines.values()]
+    return fig

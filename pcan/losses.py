@@ -73,12 +73,13 @@ def calibration_loss(
     detach_p:bool=True,         # no gradient through the prototypes
 )->torch.Tensor:                # scalar
     "L_PCC of one level: every FN set and the FP set against the prototypes, summed over samples (Eq. 4-8)."
-    if fp_target not in ("predicted","truth"): raise ValueError(f"found fp_target={fp_target!r}; expected 'predicted' or 'truth'")
+    if fp_target not in ("predicted","truth"):
+        raise ValueError(f"found fp_target={fp_target!r}; expected 'predicted' or 'truth'")
     q, F = z.float().softmax(1), F.float()
     if detach_q: q = q.detach()
     if detach_p: P = P.detach()
     kw = dict(tau=tau, detach_mu=detach_mu)
-    each = sum(a*calibrate(F, P, q, m, -1, **kw) for a,m in zip(alpha, fn, strict=True))                    # (B,)
+    each = sum(a*calibrate(F, P, q, m, -1, **kw) for a,m in zip(alpha, fn, strict=True))   # (B,)
     each = each + fp_sign*calibrate(F, P, q, fp, +1, target=y if fp_target=="truth" else None, **kw)
     return each.sum()*(per_batch/len(F) if per_batch else 1.)
 

@@ -48,9 +48,11 @@ class Method:
         for f,ok in _CHOICES.items():
             if getattr(self, f) not in ok: raise ValueError(f"found {f}={getattr(self, f)!r}; expected one of {ok}")
         if self.reading=="released": raise ValueError("reading='released' is not implemented yet; use reading='paper'")
-        if len(self.alpha)!=3 or len(self.gamma)!=2: raise ValueError(f"found {self.alpha=}, {self.gamma=}; expected 3 and 2 numbers")
+        if (len(self.alpha), len(self.gamma))!=(3,2):
+            raise ValueError(f"found alpha={self.alpha} and gamma={self.gamma}; expected 3 and 2 numbers")
 
-_CHOICES = dict(reading=("paper","released"), prob=("sigmoid","softmax"), fp_target=("predicted","truth"), form=("printed","frobenius"))
+_CHOICES = dict(reading=("paper","released"), prob=("sigmoid","softmax"),
+                fp_target=("predicted","truth"), form=("printed","frobenius"))
 
 # %% ../nbs/60_model.ipynb #60-model-08
 class Scores(NamedTuple):
@@ -218,10 +220,12 @@ def _heads(backbone, stream, make):
     names = (stream,) if stream else STREAMS
     widths = backbone.widths if hasattr(backbone, "widths") else (backbone.width,)
     if len(widths)!=len(names):
-        raise ValueError(f"found feature widths {tuple(widths)} for streams {names}; name the stream of a one-stream backbone: stream='rgb'")
+        raise ValueError(f"found feature widths {tuple(widths)} for streams {names}; "
+                         "name the stream of a one-stream backbone: stream='rgb' or 'pose'")
     heads = {n: make(n, c) for n,c in zip(names, widths)}
     return (OneStream if stream else TwoStream)(backbone, heads), heads
 
+# %% ../nbs/60_model.ipynb #60-model-28
 def poseconv3d(
     backbone:nn.Module,     # has `widths`, or `width` if it has one stream
     tree:ActionTree,        # bodies and actions
@@ -243,7 +247,7 @@ def pcan(
     model, heads = _heads(backbone, stream, lambda n,c: PCANHead(c, tree, gamma[n], method.rho, method.dropout))
     return model, PCANLoss(heads, tree, method)
 
-# %% ../nbs/60_model.ipynb #60-model-35
+# %% ../nbs/60_model.ipynb #60-model-39
 def best_child(
     p:torch.Tensor,    # `(B,K_A)` action probabilities
     tree:ActionTree,   # bodies and actions

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'COMMAND', 'METRICS', 'COLUMNS', 'BANNERS', 'VERSIONS', 'CSS', 'SERIOUS', 'folder', 'tidy',
-           'save_table', 'read_table', 'paper_table', 'emit', 'kind', 'source_note', 'banner', 'data_line', 'wide',
-           'table_html', 'table_markdown', 'show_table', 'conclude', 'duration', 'provenance', 'shell', 'menu', 'roles',
-           'heading', 'page', 'execute', 'executed', 'overview_html', 'overview_markdown', 'index', 'build', 'runs_of',
-           'make_reports']
+           'save_table', 'read_table', 'paper_table', 'emit', 'kind', 'source_note', 'banner', 'data_line', 'note',
+           'facts', 'wide', 'table_html', 'table_markdown', 'show_table', 'conclude', 'duration', 'provenance', 'shell',
+           'menu', 'roles', 'heading', 'page', 'execute', 'executed', 'overview_html', 'overview_markdown', 'index',
+           'build', 'runs_of', 'make_reports']
 
 # %% ../nbs/72_report.ipynb #72-report-02
 import html, re
@@ -110,7 +110,17 @@ def data_line(profile:str):
     text = f"data/{p.data}: " + " / ".join(f"{v:,} {k}" for k,v in n.items()) + f" clips; scored on {p.score_on}"
     emit("data", f'<p class="data"><strong>Data</strong> {html.escape(text)}; fingerprint <code>{str(manifest_sha(at))[:12]}</code></p>')
 
-# %% ../nbs/72_report.ipynb #72-report-19
+# %% ../nbs/72_report.ipynb #72-report-18
+def note(text:str):
+    "A paragraph written by code. The text is escaped."
+    emit("note", f"<p>{html.escape(text)}</p>", text)
+
+def facts(rows:dict, caption:str, profile:str):
+    "A two-column table of things worth knowing."
+    cells = "".join(f'<tr><th scope="row">{html.escape(str(k))}</th><td class="text">{html.escape(str(v))}</td></tr>' for k,v in rows.items())
+    emit("facts", f'<table class="facts"><caption>{html.escape(caption)} {source_note(profile)}</caption><tbody>{cells}</tbody></table>')
+
+# %% ../nbs/72_report.ipynb #72-report-20
 def wide(rows): # -> (means, stds, n seeds), percent, one row per variant
     "Mean and standard deviation over seeds of tidy rows."
     import pandas as pd
@@ -125,7 +135,7 @@ def _block(heading, table, cell, cls): # one <tbody>
     return f'<tbody class="{cls}">{head}' + "".join(f'<tr><th scope="row">{html.escape(str(v))}</th>' +
         "".join(f"<td>{cell(v, m)}</td>" for m in table) + "</tr>" for v in table.index) + "</tbody>"
 
-# %% ../nbs/72_report.ipynb #72-report-20
+# %% ../nbs/72_report.ipynb #72-report-21
 def table_html(rows, paper, profile:str, caption:str)->str:
     "Our rows and the paper's as one HTML table."
     mean, std, n = wide(rows)
@@ -146,7 +156,7 @@ def table_html(rows, paper, profile:str, caption:str)->str:
     note = f"{caption} Percent. {source_note(profile)}"
     return f'<table class="results"><caption>{html.escape(note)}</caption><thead><tr><td></td>{head}</tr></thead>{"".join(blocks)}</table>'
 
-# %% ../nbs/72_report.ipynb #72-report-21
+# %% ../nbs/72_report.ipynb #72-report-22
 def table_markdown(rows, paper, profile:str)->str:
     "The same table for GitHub."
     mean, std, n = wide(rows)
@@ -162,7 +172,7 @@ def show_table(rows:list, name:str, profile:str, caption:str, paper=None):
     save_table(rows, name, profile)
     emit("table", table_html(rows, paper, profile, caption), table_markdown(rows, paper, profile), name=name, caption=f"{caption} {source_note(profile)}")
 
-# %% ../nbs/72_report.ipynb #72-report-25
+# %% ../nbs/72_report.ipynb #72-report-26
 def conclude(verdicts:list, profile:str, seeds:int=1):
     "Show one line per claim. A smoke run decides nothing."
     if kind(profile)=="smoke": verdicts = [Verdict(v.claim, "cannot be told", f"a smoke run decides nothing; {v.why}") for v in verdicts]
@@ -176,7 +186,7 @@ def conclude(verdicts:list, profile:str, seeds:int=1):
     md = "\n".join(f"- **{v.outcome}**: {v.claim} {v.why}" for v in verdicts) + (f"\n\n{note}" if note else "")
     emit("verdict", page, md, tally=short, headline=f"{verdicts[0].outcome}: {verdicts[0].claim}", outcomes=[v.outcome for v in verdicts])
 
-# %% ../nbs/72_report.ipynb #72-report-28
+# %% ../nbs/72_report.ipynb #72-report-29
 def duration(seconds:float)->str:
     "Seconds for people."
     s = int(round(seconds)); h, m = s//3600, s%3600//60
@@ -197,7 +207,7 @@ def provenance(results:list, profile:str):
     rows = "".join(f"<dt>{k}</dt><dd>{f'<code>{html.escape(v)}</code>' if k=='Again' else html.escape(v)}</dd>" for k,v in facts.items() if v)
     emit("provenance", f'<dl class="provenance">{rows}<dt>Runs</dt><dd>{runs or "none"}</dd></dl>')
 
-# %% ../nbs/72_report.ipynb #72-report-31
+# %% ../nbs/72_report.ipynb #72-report-32
 CSS = """
 :root{color-scheme:light dark;--bg:#fdfdfb;--ink:#1c2126;--soft:#5b6670;--line:#dde1e4;--panel:#f3f5f6;--link:#0a5a9c;
  --good:#00694c;--bad:#a33b00;--open:#56616b;--warn-bg:#fff4d6;--warn:#6a4a00;--alarm-bg:#b3261e;--alarm:#fff}
@@ -224,7 +234,7 @@ pre{overflow-x:auto;padding:.8rem 1rem;background:var(--panel);border-radius:6px
 .data,.note{font-size:.92rem;color:var(--soft)}
 """
 
-# %% ../nbs/72_report.ipynb #72-report-32
+# %% ../nbs/72_report.ipynb #72-report-33
 CSS += """
 .scroll{overflow-x:auto;margin:1.2rem 0;max-width:100%}
 table{border-collapse:collapse;font-size:.92rem;line-height:1.4;font-variant-numeric:tabular-nums lining-nums}
@@ -255,7 +265,7 @@ footer{background:var(--panel);font-size:.86rem} footer h2{font-size:.95rem;marg
 @media print{:root{--bg:#fff;--ink:#000;--soft:#444;--line:#bbb;--panel:#fff;--link:#000} nav,details{display:none} body{font-size:10.5pt} figure,table,li{break-inside:avoid} .scroll{overflow:visible}}
 """
 
-# %% ../nbs/72_report.ipynb #72-report-33
+# %% ../nbs/72_report.ipynb #72-report-34
 def shell(title:str, nav:str, main:str, foot:str="")->str: # a whole HTML document
     "The frame around every page. `title` is escaped; the rest is HTML."
     foot = f'<footer><div><h2>Where this comes from</h2>{foot}</div></footer>' if foot else ""
@@ -287,7 +297,7 @@ def _output(o)->str: # HTML of one output, "" for what a page leaves out
     if "text/markdown" in data: return _markdown(data["text/markdown"])
     return f'<pre>{html.escape(data.get("text/plain", ""))}</pre>'
 
-# %% ../nbs/72_report.ipynb #72-report-34
+# %% ../nbs/72_report.ipynb #72-report-35
 def roles(nb, role:str): # yields outputs
     "The outputs of a notebook that carry a role."
     for c in nb.cells:
@@ -319,7 +329,7 @@ def page(
     main.append(f"<details><summary>The code of this page</summary><pre><code>{listing}</code></pre></details>")
     return shell(heading(nb)[0] or "PCAN, replicated", nav, "\n".join(top+main), "".join(foot))
 
-# %% ../nbs/72_report.ipynb #72-report-38
+# %% ../nbs/72_report.ipynb #72-report-39
 def _clean(nb, name, profile):
     "Remove what differs between two executions of the same notebook."
     for i,c in enumerate(nb.cells):
@@ -347,7 +357,7 @@ def execute(
         with atomic(out[-1], "w") as f: f.write(nbformat.writes(_clean(nb, n, profile)) + "\n")
     return out
 
-# %% ../nbs/72_report.ipynb #72-report-40
+# %% ../nbs/72_report.ipynb #72-report-41
 SERIOUS = ("paper", "bench", "quick")  # most serious first
 
 def executed(profile:str)->dict: # name -> notebook, in reading order
@@ -377,7 +387,7 @@ def overview_html(profile:str, nbs:dict, at:str="", others=())->str: # HTML of t
     foot = next((o.data["text/html"] for n in ("table1", *nbs) if n in nbs for o in roles(nbs[n], "provenance")), "")
     return shell(f"PCAN, replicated ({profile})", menu(nbs, pages=f"{at}pages/"), "\n".join(main), foot)
 
-# %% ../nbs/72_report.ipynb #72-report-41
+# %% ../nbs/72_report.ipynb #72-report-42
 def overview_markdown(profile:str, nbs:dict)->str:
     "The overview for GitHub, to stand in `reports/`."
     out = ["# PCAN, replicated: what came out", "<!-- written by pcan.report; edits are lost -->"]
@@ -414,7 +424,7 @@ def build(profile:str="smoke", only=None)->list: # paths
         with atomic(out[-1], "w") as f: f.write(page(nb, menu(nbs, here=n, up="../index.html")))
     return out
 
-# %% ../nbs/72_report.ipynb #72-report-43
+# %% ../nbs/72_report.ipynb #72-report-44
 def runs_of(profile:str)->list: # of `Run`, none twice
     "All runs behind a report."
     from pcan.runs import plan

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pcan.augment import ClipSpec, compact_box, crop, flip, prepare, random_box, resize, sample_uniform, to_box
-from pcan.skeleton import FLIP_PAIRS, RELEASED_FLIP_PAIRS, flip_order
+from pcan.skeleton import FLIP_PAIRS, RELEASED_FLIP_PAIRS
 
 GOLDEN = Path(__file__).parent/"golden"
 SAMPLING, GEOMETRY = np.load(GOLDEN/"sampling.npz"), np.load(GOLDEN/"geometry.npz")

@@ -1,8 +1,9 @@
 """The backbones against mmaction2's ResNet3dSlowOnly and RGBPoseConv3D: same weights and inputs, same numbers.
 
-The reference was run once, in float32, on a small two-pathway network (28 joints, base 8 and 4 channels) with seeded weights and
-inputs; `seeded` draws them again. tests/golden/backbones.pt keeps what came out: outputs of every stage, in evaluation and in training
-mode, gradients, running means, and the names and shapes of the reference's state dicts. Long tensors are kept with a stride.
+The reference was run once, in float32, on a small two-pathway network (28 joints, base 8 and 4 channels) with seeded
+weights and inputs; `seeded` draws them again. tests/golden/backbones.pt keeps what came out: outputs of every stage,
+in evaluation and in training mode, gradients, running means, and the names and shapes of the reference's state dicts.
+Long tensors are kept with a stride.
 We compute in float64, so that a difference is the reference's own rounding."""
 from dataclasses import replace
 from math import prod
@@ -43,7 +44,8 @@ def drawn():
     "Inputs and the weights of the loss, in the order in which they were drawn."
     g = torch.Generator().manual_seed(200)
     rgb, pose = torch.randn(2, 3, 8, 64, 64, generator=g), torch.rand(2, 28, 32, 16, 16, generator=g)
-    return [x.double() for x in (rgb, pose, torch.randn(2, 256, 8, 2, 2, generator=g), torch.randn(2, 64, 32, 2, 2, generator=g))]
+    w_rgb, w_pose = torch.randn(2, 256, 8, 2, 2, generator=g), torch.randn(2, 64, 32, 2, 2, generator=g)
+    return [x.double() for x in (rgb, pose, w_rgb, w_pose)]
 
 def close(ours, theirs, tol=TOL):
     if ours.numel() > theirs.numel(): ours = ours.flatten()[::17]
@@ -80,8 +82,9 @@ def test_every_stage(golden, drawn):
 def test_training(golden, drawn):
     """Batch statistics, the gradients of a loss and the running means after one step.
 
-    In the reference's float32 one ReLU of pose stage 1 sees a number within rounding of 0 and falls to the other side. That moves 2% of the
-    pose gradient's entries a little, and the gradient of a few weights near it: so most entries must agree to rounding, all of them nearly."""
+    In the reference's float32 one ReLU of pose stage 1 sees a number within rounding of 0 and falls to the other side.
+    That moves 2% of the pose gradient's entries a little, and the gradient of a few weights near it: so most entries
+    must agree to rounding, all of them nearly."""
     net = network(golden).train()
     rgb, pose, w_rgb, w_pose = [x.clone().requires_grad_(i < 2) for i,x in enumerate(drawn)]
     a, b = net(rgb, pose)
@@ -89,7 +92,8 @@ def test_training(golden, drawn):
     loss.backward()
     close(a.detach(), golden['train_rgb']); close(b.detach(), golden['train_pose'])
     assert abs(loss.item() - golden['loss'].item()) < 1e-7
-    for ours,theirs in ((rgb.grad[:,:,::2,::4,::4], golden['grad_in_rgb']), (pose.grad[:,::4,::4], golden['grad_in_pose'])):
+    for ours,theirs in ((rgb.grad[:,:,::2,::4,::4], golden['grad_in_rgb']),
+                        (pose.grad[:,::4,::4], golden['grad_in_pose'])):
         gap = (ours-theirs).abs()
         assert gap.flatten().quantile(.95) <= 2*TOL*theirs.abs().max() and gap.norm() <= 5e-3*theirs.norm()
     norms = from_reference(golden['grad_norms'])
@@ -119,7 +123,8 @@ def test_small_sizes(sizes):
     assert a.shape == (2, net.widths[0], 8, 2, 2) and b.shape == (2, net.widths[1], 16, 2, 2)
     (a.square().mean() + b.square().mean()).backward()
     assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in net.parameters())
-    assert all(p.shape[0] % 16 == 0 and (p.ndim < 5 or p.shape[1] % 16 == 0 or p.shape[1] in (6, 28)) for p in net.parameters())
+    for p in net.parameters():
+        assert p.shape[0] % 16 == 0 and (p.ndim < 5 or p.shape[1] % 16 == 0 or p.shape[1] in (6, 28))
     with torch.no_grad():
         before = net.eval()(rgb, pose)
         for x,y in zip(net.to(memory_format=torch.channels_last_3d)(rgb, pose), before): close(x, y, 1e-5)
@@ -133,7 +138,8 @@ def test_join():
     joined = join_(RGBPoseConv3D(THIN), *(net.state_dict() for net in alone)).eval()
     with torch.no_grad():
         for y,net,x in zip(joined(rgb, pose), alone, (rgb, pose)): close(y, net(x), 1e-5)
-    with pytest.raises((KeyError, RuntimeError)): join_(RGBPoseConv3D(THIN), alone[1].state_dict(), alone[0].state_dict())
+    with pytest.raises((KeyError, RuntimeError)):
+        join_(RGBPoseConv3D(THIN), alone[1].state_dict(), alone[0].state_dict())
 
 def test_released_prefix(golden):
     "Of a whole recogniser's checkpoint, the backbone is taken and the head left."

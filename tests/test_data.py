@@ -16,7 +16,7 @@ from pcan import data
 from pcan.augment import ClipSpec, prepare
 from pcan.data import Clips, build_cache, cache_path, loader, manifest_sha, person_frames, read_keypoints, read_list, read_split, validate, video
 from pcan.files import DataError, write_json
-from tinyset import FRAMES, drawn, frames_and_keypoints, tiny_set
+from tinyset import FRAMES, drawn, frames_and_keypoints, tiny_set, write_video
 
 SPEC = ClipSpec(rgb_frames=4, pose_frames=6, side=40, rgb_size=32, pose_size=12, sigma=.6, clips_test=2)
 
@@ -168,13 +168,8 @@ def test_broken_video(tiny, content, reader, monkeypatch, capfd):
 
 def test_video_cut_in_its_data(tiny, tmp_path):
     """An index in front and half of the data: opens, then breaks."""
-    import av
     path = first_video(tiny)
-    with av.open(str(tmp_path/"x.mp4"), "w", options=dict(movflags="faststart")) as out:
-        s = out.add_stream("libx264", rate=30)
-        s.height, s.width, s.pix_fmt = 96, 80, "yuv420p"
-        for f in np.random.RandomState(0).randint(0, 255, (FRAMES, 96, 80, 3), np.uint8): out.mux(s.encode(av.VideoFrame.from_ndarray(f, format="rgb24")))
-        out.mux(s.encode())
+    write_video(tmp_path/"x.mp4", np.random.RandomState(0).randint(0, 255, (FRAMES, 96, 80, 3), np.uint8), movflags="faststart")
     whole = (tmp_path/"x.mp4").read_bytes()
     path.write_bytes(whole[:len(whole)//2])
     raises(lambda: video(read_split(tiny, "train")[0]), path.name)

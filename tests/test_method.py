@@ -1,4 +1,4 @@
-"""Sets, prototypes, losses, rectification: parity with the authors' code where the paper's reading is the same, slow loops, and 1 process = 2."""
+"""Sets, prototypes, losses, rectification: the authors' code where the paper reads the same, slow loops, corners, 1 process = 2."""
 import math
 import pickle
 from dataclasses import asdict, replace
@@ -67,9 +67,9 @@ def test_rectify(rect, stream, gamma):
     cl = f"fr_{stream}.spatio_cl_net.cl_fc"
     lin = lambda n: F @ W(n).T + b(n)
     got = rectify(lin(f"fc_{stream}"), lin(cl), rect[f"weights/fr_{stream}.spatio_cl_net.avg_f"].T, gamma)
-    torch.testing.assert_close(got, rect[f"scores/{stream}"], atol=2e-4, rtol=0)
+    torch.testing.assert_close(got, rect[f"scores/{stream}"], atol=2e-5, rtol=0)
     body = lin(f"fc_{stream}_coarse")
-    torch.testing.assert_close(body, rect[f"scores/{stream}_coarse"], atol=2e-4, rtol=0)
+    torch.testing.assert_close(body, rect[f"scores/{stream}_coarse"], atol=2e-5, rtol=0)
     p_a, p_b = fuse({stream: Scores(got, got, body)}, MA52, clips=3)[stream]
     torch.testing.assert_close(p_a, rect[f"avg3clips/{stream}"], atol=1e-5, rtol=0)
     torch.testing.assert_close(p_b, rect[f"avg3clips/{stream}_coarse"], atol=1e-5, rtol=0)
@@ -103,7 +103,8 @@ def test_pcc_is_the_slow_loop(B, tau):
     F, zb, za, y = batch(B, seed=B)
     P, s = torch.randn(52, 16), ambiguous_sets(zb, za, MA52.parent[y], y)
     fn, alpha = (s.fn_a1, s.fn_a2, s.fn_a3), (1., .5, .1)
-    assert calibration_loss(F, P, za, y, fn, s.fp_a, alpha, tau).item()==pytest.approx(slow_pcc(F, P, za, fn, s.fp_a, alpha, tau), abs=1e-3)
+    got = calibration_loss(F, P, za, y, fn, s.fp_a, alpha, tau).item()
+    assert got==pytest.approx(slow_pcc(F, P, za, fn, s.fp_a, alpha, tau), abs=1e-3)
     got = calibration_loss(F, P[:7], zb, MA52.parent[y], (s.fn_b,), s.fp_b, tau=tau).item()
     assert got==pytest.approx(slow_pcc(F, P[:7], zb, (s.fn_b,), s.fp_b, (1.,), tau), abs=1e-3)
 
@@ -112,7 +113,8 @@ def test_pcc_gradient_is_numerical():
     F, zb, za, y = batch(12)
     s, P = ambiguous_sets(zb, za, MA52.parent[y], y), torch.randn(52, 16)
     f = F.clone().requires_grad_()
-    loss = lambda x: calibration_loss(x, P, za, y, (s.fn_a1, s.fn_a2, s.fn_a3), s.fp_a, (1., .5, .1), detach_mu=False)
+    fn = s.fn_a1, s.fn_a2, s.fn_a3
+    loss = lambda x: calibration_loss(x, P, za, y, fn, s.fp_a, (1., .5, .1), detach_mu=False)
     loss(f).backward()
     d = torch.randn_like(F); d /= d.norm()
     num = (loss(F + 1e-2*d) - loss(F - 1e-2*d))/2e-2
@@ -168,7 +170,9 @@ def test_terms_are_finite_in_every_corner(B, kind):
     yb = MA52.parent[y]
     if kind=="right": zb, za = 20.*one_hot(yb, 7), 20.*one_hot(y, 52)
     if kind=="wrong": zb, za = 20.*one_hot((yb+1)%7, 7), 20.*one_hot((y+20)%52, 52)
-    for m in (Method(), Method(form="frobenius", fp_target="truth", fp_sign=-1, detach_q=False, detach_mu=False, detach_p=False, prob="softmax", per_batch=None)):
+    other = Method(form="frobenius", fp_target="truth", fp_sign=-1, prob="softmax", per_batch=None,
+                   detach_q=False, detach_mu=False, detach_p=False)
+    for m in (Method(), other):
         leaves = [t.clone().requires_grad_() for t in (F, zb, za)]
         f, b, a = leaves
         terms, _ = stream_terms(Scores(a, a, b, f, f), Prototypes(7, 16), Prototypes(52, 16), yb, y, MA52.parent, 5., m)
@@ -209,9 +213,21 @@ def test_only_pda_sends_gradient_through_the_prototypes():
     za = 9.*one_hot(y, 52); zb = 9.*one_hot(MA52.parent[y], 7)      # all right: every other loss leaves F alone
     for detach in (False, True):
         f = F.clone().requires_grad_()
-        terms, _ = stream_terms(Scores(za, za, zb, f, F), Prototypes(7, 16), Prototypes(52, 16), MA52.parent[y], y, MA52.parent, 1., Method(detach_pda=detach))
-        g, = torch.autograd.grad(sum(terms.values()), f, allow_unused=True) if sum(terms.values()).requires_grad else (None,)
+        terms, _ = stream_terms(Scores(za, za, zb, f, F), Prototypes(7, 16), Prototypes(52, 16), MA52.parent[y], y,
+                                MA52.parent, 1., Method(detach_pda=detach))
+        total = sum(terms.values())
+        g, = torch.autograd.grad(total, f, allow_unused=True) if total.requires_grad else (None,)
         assert (g is not None and g.any()) != detach
+
+
+def test_a_step_reads_nothing_back():
+    "The meta device has shapes but no values: whatever waits for a value fails there, as it would make a GPU wait."
+    with torch.device("meta"):
+        model, loss = pcan(Toy(), MA52)
+        rgb, pose, y = torch.empty(8, 3, 2, 4, 4), torch.empty(8, 28, 2, 4, 4), torch.empty(8, dtype=torch.long)
+        total, log = loss.to("meta")(model(rgb, pose), y)
+        total.backward()
+    assert total.is_meta and all(v.is_meta for v in log.values())
 
 
 def test_best_child_agrees_with_the_tree():
@@ -234,7 +250,7 @@ def test_poseconv3d_head():
 def test_method_is_plain_and_strict():
     m = Method()
     assert Method(**asdict(m))==m and hash(m) and pickle.loads(pickle.dumps(m))==m and replace(m, lam=0.).lam==0
-    for kw in (dict(reading="released"), dict(reading="both"), dict(form="x"), dict(alpha=(1,)), dict(gamma=(1, 2, 3))):
+    for kw in (dict(reading="released"), dict(reading="both"), dict(form="x"), dict(alpha=(1,)), dict(gamma=(1,))):
         with pytest.raises(ValueError): Method(**kw)
     with pytest.raises(TypeError): Method(temperature=1)
 
@@ -243,7 +259,8 @@ def test_method_is_plain_and_strict():
 
 def _step(rank, world, path, B=16):
     torch.set_num_threads(1)
-    if world>1: torch.distributed.init_process_group("gloo", init_method=f"file://{path}/sync", rank=rank, world_size=world)
+    dist = torch.distributed
+    if world>1: dist.init_process_group("gloo", init_method=f"file://{path}/sync", rank=rank, world_size=world)
     torch.manual_seed(0)
     model, loss = pcan(Toy(), MA52, Method(dropout=0., detach_mu=False, detach_p=False, form="frobenius"))
     rgb, pose, y = inputs(B)
@@ -261,8 +278,8 @@ def _step(rank, world, path, B=16):
     out = [model.state_dict()["heads.rgb.P_a.P"], model.state_dict()["heads.pose.P_b.P"], total.detach()[None],
            *[p.grad for p in model.parameters()]]
     if world>1:
-        for t in out[2:]: torch.distributed.all_reduce(t); t /= world           # what DDP does to gradients
-        torch.distributed.barrier(); torch.distributed.destroy_process_group()
+        for t in out[2:]: dist.all_reduce(t); t /= world           # what DDP does to gradients
+        dist.barrier(); dist.destroy_process_group()
     if rank==0: torch.save(out, f"{path}/world{world}.pt")
 
 

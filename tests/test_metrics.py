@@ -28,7 +28,8 @@ def test_evaluate(case, body):
     assert list(got)==["body_top1", "action_top1", "action_top5", "body_f1_macro", "body_f1_micro",
                        "action_f1_macro", "action_f1_micro", "f1_mean", "action_mean1"]
     for k in ("action_top1", "action_top5", "action_mean1"): assert got[k]==pytest.approx(want[k], abs=EPS)
-    for k,n in NAMES.items(): assert got[k]==pytest.approx(want["body_classifier" if body else "body_from_action"][n], abs=EPS)
+    level = want["body_classifier" if body else "body_from_action"]
+    for k,n in NAMES.items(): assert got[k]==pytest.approx(level[n], abs=EPS)
 
 
 @pytest.mark.parametrize("case", WANT)

@@ -1,9 +1,10 @@
 """A data set of a few seconds' making: 3 actions, a blob that moves and 28 joints around it."""
+import pickle
 from pathlib import Path
 
 import numpy as np
 
-from pcan.data import Clip, write_split, write_video
+from pcan.data import Clip
 
 FRAMES, SIZE = 14, (96, 80)
 
@@ -16,6 +17,27 @@ def frames_and_keypoints(label, seed, T=FRAMES, size=SIZE):
     yy, xx = np.mgrid[:size[0], :size[1]]
     blob = np.exp(-((xx-x[:, None, None])**2+(yy-y[:, None, None])**2)/200)[..., None]
     return (40+blob*[200, 120, 60]).astype(np.uint8), kp
+
+
+def write_video(path, frames, fps=30, **options):
+    import av
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w", options=options) as out:
+        s = out.add_stream("libx264", rate=fps, options=dict(crf="18", preset="veryfast", threads="1"))
+        s.height, s.width, s.pix_fmt = *frames.shape[1:3], "yuv420p"
+        for f in frames: out.mux(s.encode(av.VideoFrame.from_ndarray(f, format="rgb24")))
+        out.mux(s.encode())
+
+
+def write_split(root, split, clips):
+    """List and pickle as MA-52 has them; test labels are hidden in the list, as there, and kept in test_labels.txt."""
+    ann, kps, test = root/"annotations", root/"MA-52_openpose_28kp", split == "test"
+    for folder in (ann, kps): folder.mkdir(parents=True, exist_ok=True)
+    (ann/f"{split}_list_videos.txt").write_text("".join(f"{c.name}.mp4 {0 if test else c.label}\n" for c in clips))
+    if test: (ann/"test_labels.txt").write_text("".join(f"{c.name}.mp4 {c.label}\n" for c in clips))
+    rows = [dict(frame_dir=c.name, label=0 if test else c.label, total_frames=len(c.keypoint), img_shape=c.img_shape, keypoint=c.keypoint[None],
+                 keypoint_score=c.score[None]) for c in clips]
+    (kps/f"MA52_{split}.pkl").write_bytes(pickle.dumps(rows, protocol=4))
 
 
 def tiny_set(root, encode=True, **n):
