@@ -7,13 +7,13 @@ __all__ = ['SPLITS', 'Clip', 'read_list', 'read_keypoints', 'read_split', 'video
            'manifest_sha', 'cache_path', 'build_cache', 'Clips', 'loader', 'Report', 'validate']
 
 # %% ../nbs/11_data.ipynb #11-data-02
-import fcntl, hashlib, os, pickle, shutil, numpy as np, torch
+import fcntl, os, shutil, numpy as np, torch
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from torch.utils.data import DataLoader, Dataset, Sampler
 from .augment import ClipSpec, compact_box, crop, random_box, resize, sample_uniform, to_box
-from .files import DataError, atomic, data_dir, load_pickle, read_json, sha256_file, sha256_json, write_json
+from .files import DataError, data_dir, load_pickle, read_json, sha256_file, sha256_json, write_json
 from .skeleton import V
 from .tree import MA52
 
@@ -54,13 +54,14 @@ def read_list(
         if not (parts:=line.split()): continue
         name, label = Path(parts[0]).stem, parts[-1]
         wrong = (_LINE if len(parts)!=2 or not label.isdigit() else
-                 f"a label from 0 to {MA52.K_A-1}" if int(label)>=MA52.K_A else "every video once" if name in out else "")
+                 f"a label from 0 to {MA52.K_A-1}" if int(label)>=MA52.K_A else
+                 "every video once" if name in out else "")
         if wrong: _complain(problems, _said(f"{path}, line {n}", repr(line.strip()), wrong))
         else: out[name] = int(label)
     if not out: _complain(problems, _said(path, "no video", f"one per line: {_LINE}"))
     return out
 
-# %% ../nbs/11_data.ipynb #11-data-12
+# %% ../nbs/11_data.ipynb #11-data-13
 def read_keypoints(
     path:str|Path,      # `MA-52_openpose_28kp/MA52_train.pkl`
     problems:list=None, # collects complaints; None: raise the first
@@ -68,7 +69,8 @@ def read_keypoints(
     "Read one split's keypoints, best person only. A `DataError` for anything but finite coordinates of 28 joints."
     raw, out = load_pickle(path), {}
     rows = raw.get("annotations") if isinstance(raw, dict) else raw
-    if not isinstance(rows, (list,tuple)): raise DataError(_said(path, _kind(raw), "a list of dicts, or a dict with 'annotations'"))
+    if not isinstance(rows, (list,tuple)):
+        raise DataError(_said(path, _kind(raw), "a list of dicts, or a dict with 'annotations'"))
     for n,row in enumerate(rows):
         name = (row.get("frame_dir") or row.get("filename")) if isinstance(row, dict) else None
         if name is None: wrong = _said(f"{path}, entry {n}", _kind(row), "a dict with 'frame_dir' or 'filename'")
@@ -81,16 +83,17 @@ def read_keypoints(
 
 def _kind(x): return f"keys {sorted(map(str, x))[:8]}" if isinstance(x, dict) else type(x).__name__
 
-# %% ../nbs/11_data.ipynb #11-data-13
+# %% ../nbs/11_data.ipynb #11-data-15
 def _scores(row): # (M,T,V), ones if there are none
-    return np.asarray(row["keypoint_score"] if "keypoint_score" in row else np.ones(np.shape(row["keypoint"])[:3]), np.float32)
+    score = row["keypoint_score"] if "keypoint_score" in row else np.ones(np.shape(row["keypoint"])[:3])
+    return np.asarray(score, np.float32)
 
 def _wrong(row): # what was found and expected, if something is wrong with a clip's keypoints
+    wanted = f"[people, frames, {V} joints, 2]"
     if missing:={"keypoint", "img_shape"}-set(row): return _kind(row), f"also {sorted(missing)}"
     try: kp, score = np.asarray(row["keypoint"], np.float32), _scores(row)
-    except (TypeError, ValueError) as e: return f"keypoints that are no array of numbers ({e})", f"[people, frames, {V} joints, 2]"
-    if kp.ndim!=4 or kp.shape[2:]!=(V,2) or 0 in kp.shape:
-        return f"keypoints of shape {list(kp.shape)}", f"[people, frames, {V} joints, 2]"
+    except (TypeError, ValueError) as e: return f"keypoints that are no array of numbers ({e})", wanted
+    if kp.ndim!=4 or kp.shape[2:]!=(V,2) or 0 in kp.shape: return f"keypoints of shape {list(kp.shape)}", wanted
     if score.shape!=kp.shape[:3]:
         return f"scores of shape {list(score.shape)} for keypoints of shape {list(kp.shape)}", "one score per joint"
     if not (np.isfinite(kp).all() and np.isfinite(score).all()):
@@ -103,7 +106,7 @@ def _best_person(row):
     best = score.mean((1,2)).argmax()
     return kp[best], score[best], tuple(int(v) for v in row["img_shape"][:2])
 
-# %% ../nbs/11_data.ipynb #11-data-17
+# %% ../nbs/11_data.ipynb #11-data-20
 def _files(root, split): # list, keypoints, folder of videos, hidden labels
     root = Path(root)
     return (root/"annotations"/f"{split}_list_videos.txt", root/"MA-52_openpose_28kp"/f"MA52_{split}.pkl",
@@ -124,10 +127,10 @@ def read_split(
     people, out = read_keypoints(keypoints, problems), []
     for name,label in labels.items():
         if name in people: out.append(Clip(name, videos/f"{name}.mp4", label, *people[name]))
-        else: _complain(problems, _said(keypoints, f"no usable keypoints of {name}, which {listed.name} lists", "one entry per video"))
+        else: _complain(problems, _said(keypoints, f"no usable keypoints of {name}", "one entry per video listed"))
     return out
 
-# %% ../nbs/11_data.ipynb #11-data-22
+# %% ../nbs/11_data.ipynb #11-data-26
 def video(
     clip:Clip,   # its `path` is opened
     frames=None, # frame numbers; None: as many as there are keypoints
@@ -145,7 +148,7 @@ def video(
 _AGAIN = "download or generate it again"
 def _brief(e): return f"{type(e).__name__}: {(str(e).strip().splitlines() or ['no message'])[-1][:100]}"
 
-# %% ../nbs/11_data.ipynb #11-data-23
+# %% ../nbs/11_data.ipynb #11-data-28
 def _reader(path): # number of frames, function from frame numbers to (T,H,W,3)
     try: import decord
     except ImportError: return _reader_av(path)
@@ -167,7 +170,7 @@ def _reader_av(path):
     with av.open(path) as f: frames = np.stack([x.to_ndarray(format="rgb24") for x in f.decode(video=0)])
     return len(frames), lambda i: frames[i]
 
-# %% ../nbs/11_data.ipynb #11-data-27
+# %% ../nbs/11_data.ipynb #11-data-33
 def person(
     clip:Clip,
     spec:ClipSpec=ClipSpec(), # `padding`
@@ -194,13 +197,13 @@ def person_frames(
         box = np.round(box*np.array([x.shape[2]/w, x.shape[1]/h]*2)).astype(int)
     return resize(crop(x, box), (spec.side, spec.side), spec.antialias)
 
-# %% ../nbs/11_data.ipynb #11-data-30
+# %% ../nbs/11_data.ipynb #11-data-36
 def manifest_sha(root:str|Path)->str: # 64 hex digits
     "Fingerprint of a data set: of its manifest, or else of all its lists and keypoints."
     root = Path(root)
     if (root/"manifest.json").is_file(): return sha256_file(root/"manifest.json")
     found = [f for s in SPLITS for f in _files(root, s)[:2] if f.is_file()]
-    if not found: raise DataError(_said(root, "neither manifest.json nor lists of videos", f"a data set's folder. {_HELP}"))
+    if not found: raise DataError(_said(root, "neither manifest.json nor lists", f"a data set's folder. {_HELP}"))
     return sha256_json([(f.name, sha256_file(f)) for f in found])
 
 def _source(root, split): # what a cache was made from
@@ -215,7 +218,7 @@ def cache_path(root, split, spec=ClipSpec(), folder=None)->Path:
     cut = sha256_json([str(Path(root).resolve()), split, spec.side, spec.padding, spec.antialias])[:8]
     return Path(folder or data_dir()/"cache")/f"{Path(root).name}-{split}-{spec.side}px-{cut}"
 
-# %% ../nbs/11_data.ipynb #11-data-31
+# %% ../nbs/11_data.ipynb #11-data-38
 @contextmanager
 def _locked(path): # one builder at a time; the second waits and finds the work done
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -240,7 +243,7 @@ def _fill(i):
     rgb.flush()
     np.load(folder/"done.npy", mmap_mode="r+")[i] = 1                # last: an interrupted build goes on here
 
-# %% ../nbs/11_data.ipynb #11-data-32
+# %% ../nbs/11_data.ipynb #11-data-39
 def build_cache(
     root:str|Path,            # a data set's folder
     split:str,                # train, val or test
@@ -272,12 +275,12 @@ def _blank(part, plan, total): # an empty cache, nothing done
     part.mkdir(parents=True)
     need, free = total*plan["side"]**2*3/2**30, shutil.disk_usage(part).free/2**30
     if need>.95*free:
-        raise DataError(_said(part, f"{free:.1f} GiB free", f"{need:.1f} for the crops. Make room, or decode every time: `cache=False`"))
+        raise DataError(_said(part, f"{free:.1f} GiB free", f"{need:.1f}; make room or decode every time (`cache=False`)"))
     np.lib.format.open_memmap(part/"rgb.npy", "w+", np.uint8, (total, plan["side"], plan["side"], 3))
     np.save(part/"done.npy", np.zeros(len(plan["names"]), np.uint8))
     write_json(part/"index.json", plan)
 
-# %% ../nbs/11_data.ipynb #11-data-33
+# %% ../nbs/11_data.ipynb #11-data-40
 def _run_all(f, jobs, workers=None, name=None): # results of f over jobs, in order, over forked processes
     import multiprocessing as mp
     workers = min(len(os.sched_getaffinity(0)), 8) if workers is None else workers
@@ -288,7 +291,7 @@ def _run_all(f, jobs, workers=None, name=None): # results of f over jobs, in ord
     if workers<2 or len(jobs)<2: return [f(j) for j in bar(jobs)]
     with mp.get_context("fork").Pool(min(workers, len(jobs))) as pool: return list(bar(pool.imap(f, jobs, chunksize=4)))
 
-# %% ../nbs/11_data.ipynb #11-data-38
+# %% ../nbs/11_data.ipynb #11-data-45
 def _rng(*key): return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(key)))
 
 class Clips(Dataset):
@@ -324,13 +327,14 @@ class Clips(Dataset):
         if self._rgb is None: self._rgb = np.load(self.cache, mmap_mode="r")
         return self._rgb[self.starts[i]+at]
 
-# %% ../nbs/11_data.ipynb #11-data-39
+# %% ../nbs/11_data.ipynb #11-data-46
 def _getitem(self, i:int)->dict:
     s, S, i = self.spec, self.spec.side, int(i)
     rng = _rng(self.seed, self.epoch, i)
     n, T = 1 if self.train else s.clips_test, len(self.keypoint[i])
     def pick(length): # (n,length) frame numbers
-        return sample_uniform(T, length, n, not self.train, rng if self.train else None) if length else np.zeros((n,0), int)
+        if not length: return np.zeros((n,0), int)
+        return sample_uniform(T, length, n, not self.train, rng if self.train else None)
     at_rgb, at_pose = pick(s.rgb_frames), pick(s.pose_frames)
     box = random_box((S,S), s.area, s.ratio, rng) if self.train else np.array([0,0,S,S])
     rgb = self.frames(i, at_rgb.ravel()) if s.rgb_frames else np.zeros((0,S,S,3), np.uint8)
@@ -340,7 +344,7 @@ def _getitem(self, i:int)->dict:
                 crop=torch.from_numpy(box.astype(np.float32)), flip=bool(self.train and rng.rand()<s.flip))
 Clips.__getitem__ = _getitem
 
-# %% ../nbs/11_data.ipynb #11-data-43
+# %% ../nbs/11_data.ipynb #11-data-52
 class _Order(Sampler):
     def __init__(self, clips, seed, shuffle): self.clips, self.seed, self.shuffle = clips, seed, shuffle
     def __len__(self): return len(self.clips)
@@ -365,7 +369,7 @@ def loader(
                       drop_last=train and len(clips)>=batch, worker_init_fn=_one_thread,
                       pin_memory=torch.cuda.is_available(), generator=torch.Generator().manual_seed(seed))
 
-# %% ../nbs/11_data.ipynb #11-data-47
+# %% ../nbs/11_data.ipynb #11-data-57
 @dataclass
 class Report:
     "What `validate` found."
@@ -388,7 +392,7 @@ class Report:
         return "\n".join(lines)
     __repr__ = __str__
 
-# %% ../nbs/11_data.ipynb #11-data-48
+# %% ../nbs/11_data.ipynb #11-data-58
 def _broken(clip): # complaint about a video, or None
     try: video(clip, [0, len(clip.keypoint)-1])
     except DataError as e: return str(e)
@@ -400,13 +404,21 @@ def _notes(clip): # things about keypoints that are odd, not wrong
     out = ((x<0)|(x>w)|(y<0)|(y>h)).mean()
     if out>.2: return f"{clip.name}: {out:.0%} of the joints found lie outside the {w} × {h} frame"
 
+def _names(path): # complaints about the names of the actions; the file may be missing
+    if not path.is_file(): return []
+    found = [" ".join(line.split()[1:]) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    wrong = [k for k,(a,b) in enumerate(zip(found, MA52.actions)) if a!=b]
+    if len(found)!=MA52.K_A: return [_said(path, f"{len(found)} names", f"{MA52.K_A}")]
+    return [_said(path, f"{k} {found[k]!r}", repr(MA52.actions[k])) for k in wrong]
+
+# %% ../nbs/11_data.ipynb #11-data-59
 def validate(
     root:str|Path,      # a data set's folder
     videos:bool=True,   # decode the first and last frame of every video; False: only look whether it is there
     workers:int=None,   # processes
     progress:bool=False,
 )->Report:
-    "Look at every file of a data set and say what is there and what is wrong. A `DataError` if there is no such folder."
+    "Look at every file of a data set, say what is there and what is wrong. A `DataError` if there is no such folder."
     root, counts, clips, problems, notes = Path(root), {}, {}, [], []
     if not root.is_dir(): raise DataError(f"{root}: no such folder. {_HELP}")
     for split in SPLITS:
@@ -422,4 +434,5 @@ def validate(
             problems += filter(None, _run_all(_broken, jobs, workers, bar))
         notes += [f"{folder/name}.mp4: not in the list" for name in sorted(there-{c.name for c in rows})]
         notes += filter(None, map(_notes, rows))
+    problems += _names(root/"annotations"/"label_name.txt")
     return Report(str(root), counts, clips, problems, notes)

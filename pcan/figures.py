@@ -28,7 +28,7 @@ def style():
         "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9,
         "axes.titleweight": "bold", "axes.titlelocation": "left", "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "legend.fontsize": 8.5, "legend.frameon": False,
         "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#777", "xtick.color": "#555", "ytick.color": "#555",
-        "axes.linewidth": .8, "xtick.major.width": .8, "ytick.major.width": .8, "lines.linewidth": 1.6, "figure.dpi": 80, "svg.fonttype": "none",
+        "axes.linewidth": .8, "xtick.major.width": .8, "ytick.major.width": .8, "lines.linewidth": 1.6, "figure.dpi": 72, "svg.fonttype": "none",
         "svg.hashsalt": "pcan", "figure.constrained_layout.use": True})
     plt.close("all")
 
@@ -173,16 +173,16 @@ def plot_answers(
 ):              # -> figure
     "Figure 4: one row per action, a frame on the left, both systems' answers on the right."
     import matplotlib.pyplot as plt
-    rows = [max(len(t), 4) for _,t,_ in cases]
+    rows = [max(len(t), 6) for _,t,_ in cases]
     fig, axes = plt.subplots(len(cases), 2, figsize=(7.2, .31*sum(rows)+.55*len(cases)), squeeze=False, gridspec_kw=dict(width_ratios=(1, 2.3), height_ratios=rows))
-    for (title, t, picture), (left, ax) in zip(cases, axes):
+    for (title, t, picture), (left, ax), n in zip(cases, axes, rows):
         left.axis("off")
         if picture is not None: left.imshow(picture)
         y = np.arange(len(t))
         for j,(s,c) in enumerate(COLORS.items()):
             ax.barh(y + (j-.5)*.38, 100*t[s], .36, color=c, label=s)
             for yi,v in zip(y, 100*t[s]): ax.text(v+.8, yi + (j-.5)*.38, f"{v:.0f}", va="center", fontsize=7, color="#444")
-        ax.set(yticks=y, yticklabels=t.answer, xlim=(0, 108), title=title, xticks=range(0, 101, 25)); ax.invert_yaxis(); ax.tick_params(axis="y", length=0)
+        ax.set(yticks=y, yticklabels=t.answer, xlim=(0, 108), ylim=(n-.4, -.6), title=title, xticks=range(0, 101, 25)); ax.tick_params(axis="y", length=0)
         ax.get_yticklabels()[0].set_weight("bold")
     axes[0,1].legend(loc="lower right"); axes[-1,1].set_xlabel("share of the action's clips, %")
     return fig
@@ -211,7 +211,8 @@ def plot_changes(t): # -> figure
     n = tally(t)
     for b,name in enumerate(MA52.bodies):
         at = y[t.body==name]
-        ax.text(lim*1.03, at.mean(), f"{name}\n{n.improved[name]} better\n{n.same[name]} same\n{n.worse[name]} worse", color=BODY_COLORS[b], va="center", fontsize=8)
+        ax.text(lim*1.03, at.mean()-1, name, color=BODY_COLORS[b], va="bottom", fontsize=8.5, weight="bold")
+        ax.text(lim*1.03, at.mean()-.9, f"{n.improved[name]} better\n{n.same[name]} same\n{n.worse[name]} worse", color="#444", va="top", fontsize=7.5)
     ax.set(yticks=y, yticklabels=[f"{a} ({k})" for a,k in zip(t.action, t.clips)], xlim=(-lim, lim), ylim=(y[-1]+1, -1), xlabel="change in accuracy, PCAN against PoseConv3D, points")
     ax.tick_params(axis="y", length=0, labelsize=7); ax.grid(axis="x", color="#e4e4e4", lw=.6); ax.set_axisbelow(True)
     return fig
@@ -236,7 +237,7 @@ def plot_curves(t): # -> figure
             for i,(_,d) in enumerate(t[(t.key==key) & (t.label==label)].groupby("run", sort=False)):
                 ax.plot(d.epoch, unit*d.value, color=color, lw=width, label=label if i==0 else None, marker="o" if len(d)==1 else None, ms=4)
         ax.set(title=title, xlabel="epoch"); ax.xaxis.get_major_locator().set_params(integer=True)
-    axes[0].set_yscale("log"); axes[0].tick_params(axis="y", which="minor", labelleft=False); axes[1].legend(loc="lower right")
+    axes[0].set_ylim(0); axes[1].set_ylim(0); axes[1].legend(loc="lower right")
     return fig
 
 def plot_terms(t): # -> figure
@@ -263,7 +264,7 @@ def plot_shares(t): # -> figure
         for (term,name),c in zip(SHARES.items(), colors):
             if term not in d: continue
             ax.bar(e, 100*d[term], .92, bottom=bottom, color=c, label=name); bottom = bottom + 100*d[term].to_numpy()
-        ax.set(title=dict(rgb="RGB", pose="Pose")[stream], xlabel="epoch", ylim=(0, 100)); ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set(title=dict(rgb="RGB", pose="Pose")[stream], xlabel="epoch", ylim=(0, 100), xlim=(e.min()-.55, e.max()+.55)); ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_ylabel("share of the training clips, %"); axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1), reverse=True)
     return fig
 
@@ -275,14 +276,15 @@ def picture(clip, side:int=260, at=None): # (side,side,3) uint8, or (n,side,side
     from pcan.skeleton import draw_skeleton
     spec, t = ClipSpec(side=side), [len(clip.keypoint)//2] if at is None else list(at)
     kp = person_keypoint(clip, spec)
-    out = np.stack([draw_skeleton(f, kp[i,:,:2], kp[i,:,2], 2) for f,i in zip(person_frames(clip, spec, t), t)])
+    out = np.stack([draw_skeleton(f, kp[i,:,:2], kp[i,:,2], max(1, side//130)) for f,i in zip(person_frames(clip, spec, t), t)])
     return out[0] if at is None else out
 
-def plot_contact(rows:list, side:int=112): # -> figure
+def plot_contact(rows:list, side:int=120): # -> figure
     "A contact sheet. `rows` are (label, `Clip`); six frames each, first to last."
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(len(rows), 1, figsize=(7.2, 1.02*len(rows)), squeeze=False)
+    fig, axes = plt.subplots(len(rows), 1, figsize=(7.2, 1.42*len(rows)), squeeze=False)
     for ax,(label,clip) in zip(axes[:,0], rows):
-        ax.imshow(np.concatenate(list(picture(clip, side, np.linspace(0, len(clip.keypoint)-1, 6).round().astype(int))), 1)); ax.set(xticks=[], yticks=[])
-        ax.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8); [s.set_visible(False) for s in ax.spines.values()]
+        frames = picture(clip, side, np.linspace(0, len(clip.keypoint)-1, 6).round().astype(int))
+        ax.imshow(np.concatenate(list(frames), 1), interpolation="nearest"); ax.axis("off")
+        ax.set_title(label, fontsize=8.5, weight="normal", pad=2)
     return fig

@@ -189,6 +189,7 @@ class CELoss(nn.Module):
             if s.body is not None: terms[f"{name}/ce_b"] = cross_entropy(s.body.float(), self.parent.to(y.device)[y])
         return sum(terms.values()), {k: v.detach() for k,v in terms.items()}
 
+# %% ../nbs/60_model.ipynb #60-model-25
 class PCANLoss(nn.Module):
     "Eq. 12 for every stream, summed. In training it also moves the prototypes of the heads it was made for."
     def __init__(self,
@@ -214,7 +215,7 @@ class PCANLoss(nn.Module):
             log |= {f"{name}/share_{k}": v for k,v in shares(sets).items()}
         return total, log
 
-# %% ../nbs/60_model.ipynb #60-model-26
+# %% ../nbs/60_model.ipynb #60-model-27
 def _heads(backbone, stream, make):
     "One head per stream: `make(stream name, width)`; `stream` names the only one of a one-stream backbone."
     names = (stream,) if stream else STREAMS
@@ -225,7 +226,7 @@ def _heads(backbone, stream, make):
     heads = {n: make(n, c) for n,c in zip(names, widths)}
     return (OneStream if stream else TwoStream)(backbone, heads), heads
 
-# %% ../nbs/60_model.ipynb #60-model-28
+# %% ../nbs/60_model.ipynb #60-model-29
 def poseconv3d(
     backbone:nn.Module,     # has `widths`, or `width` if it has one stream
     tree:ActionTree,        # bodies and actions
@@ -247,7 +248,7 @@ def pcan(
     model, heads = _heads(backbone, stream, lambda n,c: PCANHead(c, tree, gamma[n], method.rho, method.dropout))
     return model, PCANLoss(heads, tree, method)
 
-# %% ../nbs/60_model.ipynb #60-model-39
+# %% ../nbs/60_model.ipynb #60-model-40
 def best_child(
     p:torch.Tensor,    # `(B,K_A)` action probabilities
     tree:ActionTree,   # bodies and actions

@@ -80,6 +80,7 @@ class Place(NamedTuple):
     palm: tuple = (0, 0, -1)      # where the palm looks
     pole: tuple = (.55, -1, -.35) # where the elbow points
 
+# %% ../nbs/22_puppet.ipynb #22-puppet-18
 PLACES = dict(  # at rest, and in the air
     lap=Place("thigh", (-.01, .075, .10), (-.25, -.25, .9), (0, -1, 0)),
     knee=Place("knee", (0, .06, .06), (-.1, -.75, .6), (0, -.5, -1), (.8, -1, -.2)),
@@ -98,7 +99,7 @@ PLACES = dict(  # at rest, and in the air
     reach=Place("shoulder", (.16, -.12, .70), (.1, .1, 1), (0, -1, 0), (.8, -1, 0)),
     stretch=Place("shoulder", (.42, .50, .20), (.5, .75, .2), (0, 0, 1), (.5, -1, -.3)))
 
-# %% ../nbs/22_puppet.ipynb #22-puppet-18
+# %% ../nbs/22_puppet.ipynb #22-puppet-20
 PLACES |= dict(  # on the body
     across=Place("torso", (-.17, .23, .30), (-1, 0, .1), (0, -.3, -1)),
     forearm=Place("arm", (0, .035, .05), (-.55, -.5, .1), (0, -.6, -1), (.9, -.7, -.1)),
@@ -124,7 +125,7 @@ PLACES |= dict(  # on the body
     shin=Place("knee", (0, -.15, .07), (-.15, -.95, .25), (0, 0, -1), (.9, -.6, 0)),
     foot=Place("foot", (0, .03, .09), (-.5, -.55, .4), (0, -.7, -.5), (1, -.6, .1)))
 
-# %% ../nbs/22_puppet.ipynb #22-puppet-20
+# %% ../nbs/22_puppet.ipynb #22-puppet-22
 class Legs(NamedTuple):
     "A place for the feet."
     own: tuple                    # ankle, metres, figure axes
@@ -144,7 +145,7 @@ LEGS = dict(
     tiptoe=Legs((.13, .215, .40), toe=(.15, -1.2, .75)),
     four=Legs((-.13, .585, .43), (.15, .08, .42), (1., .35, .2), (.12, 1, .8), (-.9, .1, .45), (.2, -.25, 1.)))
 
-# %% ../nbs/22_puppet.ipynb #22-puppet-22
+# %% ../nbs/22_puppet.ipynb #22-puppet-24
 class Motion(NamedTuple):
     "One row of the table."
     envelope: str                # burst (come, act, go), visit (come, go), hold (come, stay), leave (be there, go)
@@ -166,7 +167,7 @@ def row(
     "A `Motion` whose further keywords are channels."
     return Motion(envelope, hand, other, rub, beat, finger, start, legs, legs0, prop, body)
 
-# %% ../nbs/22_puppet.ipynb #22-puppet-23
+# %% ../nbs/22_puppet.ipynb #22-puppet-25
 MOTIONS = (  # body
     row("burst", sway=(0, .14, 1.3), twist=(0, .10, 1.3)),                                # shaking body
     row("leave", slump=1.),                                                               # sitting straightly
@@ -181,7 +182,7 @@ MOTIONS = (  # body
     row("burst", nod=(.10, .22, 1.9)),                                                    # nodding
     row("burst", turn=(0, .36, 1.9)))                                                     # shaking head
 
-# %% ../nbs/22_puppet.ipynb #22-puppet-24
+# %% ../nbs/22_puppet.ipynb #22-puppet-26
 MOTIONS += (  # upper limb
     row("burst", "forearm", "across", (.06, 0, 0, 2.6), finger="scratch"),                # scratching arms
     row("burst", "held", "held", (.03, .035, 0, 1.6), "anti", "grip", prop="object"),     # playing objects
@@ -206,7 +207,7 @@ MOTIONS += (  # lower limb
     row("hold", legs="under", legs0="forward"),                                           # retracting feet
     row("visit", legs="tiptoe", legs0="neutral"))                                         # tiptoe
 
-# %% ../nbs/22_puppet.ipynb #22-puppet-25
+# %% ../nbs/22_puppet.ipynb #22-puppet-27
 MOTIONS += (  # body-hand: scratching or touching ...
     row("burst", "neck", rub=(.01, .03, 0, 2.), finger="flat", tilt=-.12),                # neck
     row("burst", "chest", rub=(.05, .03, 0, 1.6), finger="flat"),                         # chest
@@ -231,7 +232,7 @@ MOTIONS += (  # body-hand: scratching or touching ...
     row("burst", "shin", rub=(.01, .05, .01, 2.4), finger="scratch", lean=.42),           # scratching legs
     row("burst", "foot", rub=(.04, .01, .02, 2.4), finger="scratch", legs="four", lean=.26))  # scratching feet
 
-# %% ../nbs/22_puppet.ipynb #22-puppet-28
+# %% ../nbs/22_puppet.ipynb #22-puppet-30
 def smooth(x):
     "A smooth step from 0 to 1."
     x = np.clip(x, 0, 1); return x*x*x*(x*(6*x - 15) + 10)
@@ -248,7 +249,7 @@ def envelope(
     a, w, b = (r.uniform(*v) for v in (((0, .12), (.14, .22), (.80, .95)) if kind == "burst" else ((.03, .20), (.2, .3), (.62, .85))))
     return smooth((u - a)/w)*(1 - smooth((u - b)/w))
 
-# %% ../nbs/22_puppet.ipynb #22-puppet-31
+# %% ../nbs/22_puppet.ipynb #22-puppet-33
 CHANNELS = "sway", "lean", "twist", "slump", "rise", "shrug", "nod", "turn", "tilt", "bounce", "push"
 IDLE = np.array([.012, .012, .015, .05, 0, .003, .025, .03, .02, 0, 0])   # idle wandering of each channel
 SECOND = np.array([.04, .05, .08, .15, 0, .015, .14, .22, .12, 0, 0])     # size of a second movement
@@ -291,7 +292,7 @@ def swing(
     if m.beat == "free": s = drift(r, len(t), 3, (.5*hz, 1.2*hz))
     return amp*e[:,None]**2*s*np.array(m.rub[:3])
 
-# %% ../nbs/22_puppet.ipynb #22-puppet-33
+# %% ../nbs/22_puppet.ipynb #22-puppet-35
 HEAD = dict(centre=(0, 0, 0), nose=(0, -.02, .125), eyeR=(-.042, .022, .098), eyeL=(.042, .022, .098), earR=(-.105, -.005, 0),
             earL=(.105, -.005, 0), chin=(0, -.135, .055), top=(0, .15, 0), face=(0, -.012, .045), mouthR=(-.03, -.078, .1),
             mouthL=(.03, -.078, .1), mouth=(0, -.083, .108), browR=(-.045, .052, .102), browL=(.045, .052, .102),
@@ -317,7 +318,7 @@ def trunk(
     p |= dict(bridge=on(centre, 0, .018 + .03*c["push"], .118)) | {"rim"+S: on(centre, side*.044, .018 + .03*c["push"], .108) for S, side in SIDES}
     return p, dict(torso=(hip, R), head=(centre, H))
 
-# %% ../nbs/22_puppet.ipynb #22-puppet-35
+# %% ../nbs/22_puppet.ipynb #22-puppet-37
 def own(
     v,    # a vector with x towards the own side
     side, # -1 right, 1 left
@@ -344,7 +345,7 @@ def legs(
         p["knee"+S], p["ankle"+S] = bend(p["hip"+S], ankle, .42*who.legs, .435*who.legs, pole)
         f = unit(unit(toe) - 8*lift*up); p["toe"+S], p["heel"+S] = (p["ankle"+S] + k*f - .045*up for k in (.19, -.05))
 
-# %% ../nbs/22_puppet.ipynb #22-puppet-37
+# %% ../nbs/22_puppet.ipynb #22-puppet-39
 CURLS = dict(  # curl of thumb .. little finger, fan, wrist to fingertip (metres)
     loose=((.3, .5, .55, .6, .65), .3, .16), flat=((.1, .1, .1, .1, .1), .2, .18), spread=((0, 0, .05, .05, .1), 1.1, .18),
     fist=((.9, 1.7, 1.75, 1.75, 1.75), 0, .10), point=((.9, .05, 1.7, 1.75, 1.75), 0, .18), grip=((.5, .9, 1, 1.1, 1.2), .2, .14),
@@ -369,7 +370,7 @@ def hand_points(
     bone = lambda c: size*length[:,None]*(np.cos(c)[...,None]*ray + np.sin(c)[...,None]*n[:,None])
     mid = k + bone(.7*curl); return np.concatenate([k, mid, mid + .8*bone(1.6*curl)], 1)
 
-# %% ../nbs/22_puppet.ipynb #22-puppet-40
+# %% ../nbs/22_puppet.ipynb #22-puppet-42
 def frame_of(
     name: str,    # as in `Place.frame`
     S: str,       # R or L, the hand that asks
@@ -410,7 +411,7 @@ def arm(
     curl = np.clip(mix(c0, c1) + w*size_*beat*[.4, 1, 1, 1, 1], -.1, 1.9)
     p["hand"+S] = hand_points(p["wrist"+S], d, mix(n0, n1), side, curl, mix(f0, f1), size)
 
-# %% ../nbs/22_puppet.ipynb #22-puppet-42
+# %% ../nbs/22_puppet.ipynb #22-puppet-44
 def act(
     m: Motion,       # what to do
     who: Subject,    # by whom
@@ -439,7 +440,7 @@ def mirror(
     "The same figure with left and right exchanged."
     return {n[:-1] + dict(R="L", L="R").get(n[-1], n[-1]): v*[-1, 1, 1] for n, v in p.items()}
 
-# %% ../nbs/22_puppet.ipynb #22-puppet-44
+# %% ../nbs/22_puppet.ipynb #22-puppet-46
 def joints(
     p: dict, # points, in space or projected
 ):           # `(T,28,·)`
