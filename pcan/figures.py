@@ -15,7 +15,7 @@ import numpy as np
 from .files import atomic
 from .report import folder, kind, source_note
 from .tree import BODY_COLORS, MA52
-from .verdicts import clip_weights, interval
+from .verdicts import interval
 
 # %% ../nbs/73_figures.ipynb #73-figures-05
 #: Colours of the systems, used in every figure.
@@ -36,7 +36,7 @@ def style():
 def stamp(fig, profile:str):
     "Write SMOKE across a smoke run's figure."
     if kind(profile)=="smoke":
-        fig.text(.5, .5, "SMOKE", fontsize=64, color="#b3261e", alpha=.22, ha="center", va="center", rotation=28, weight="bold", zorder=100)
+        fig.text(.5, .5, "SMOKE", fontsize=9*fig.get_figwidth(), color="#b3261e", alpha=.22, ha="center", va="center", rotation=28, weight="bold", zorder=100)
 
 def save_figure(
     fig,          # matplotlib figure
@@ -49,7 +49,7 @@ def save_figure(
 ):                # shows the figure and its caption; -> dict of paths
     "Save PNG, SVG and CSV to `reports/<profile>/figures/` and show the figure."
     import matplotlib.pyplot as plt
-    from IPython.display import Markdown, display
+    from IPython.display import display
     stamp(fig, profile)
     buffer, paths = {}, {e: folder(profile, "figures", f"{name}.{e}") for e in ("png", "svg", "csv")}
     for e,meta in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
@@ -110,12 +110,13 @@ def _mean(x): # nanmean over the last axis, nan where there is nothing
     n = (~np.isnan(x)).sum(-1)
     return np.divide(np.nansum(x, -1), n, out=np.full(n.shape, np.nan), where=n>0)
 
-def gains(base:list, ours:list, W)->list: # of `Difference`: easy, medium, hard
-    "What ours gains in each group, sorted on one half and measured on the other, with intervals."
+def gains(base:list, ours:list, W)->list: # of `Difference`: easy, medium, hard, hard minus easy
+    "What ours gains in each group, sorted on one half and measured on the other, with intervals. `None` where a group is empty."
     D = np.stack([np.subtract(*difficulty([a], [b], True, W, by=base)[:0:-1]) for a,b in zip(base, ours)])  # (S,R,3)
-    return [interval(D[...,i], len(base[0].y_a)) if np.isfinite(D[:,0,i]).all() else None for i in range(3)]
+    D = np.concatenate([D, D[...,2:] - D[...,:1]], -1)
+    return [interval(D[...,i], len(base[0].y_a)) if np.isfinite(D[:,0,i]).all() else None for i in range(4)]
 
-# %% ../nbs/73_figures.ipynb #73-figures-21
+# %% ../nbs/73_figures.ipynb #73-figures-22
 def plot_difficulty(t): # -> figure
     "Figure 3 from a table with columns clips, group, actions, PoseConv3D, PCAN (fractions)."
     import matplotlib.pyplot as plt
@@ -134,7 +135,7 @@ def plot_difficulty(t): # -> figure
     axes[0,-1].legend(loc="upper right")
     return fig
 
-# %% ../nbs/73_figures.ipynb #73-figures-24
+# %% ../nbs/73_figures.ipynb #73-figures-26
 def ambiguous(
     base:list, ours:list, # `Predictions` per seed
     least:int=4,          # clips an action must have
@@ -167,7 +168,7 @@ def answers(
     rest = {s: max(0., 1-sum(r[s] for r in rows)) for s in share}
     return pd.DataFrame(rows + ([dict(answer="all others", **rest)] if max(rest.values())>1e-9 else []))
 
-# %% ../nbs/73_figures.ipynb #73-figures-26
+# %% ../nbs/73_figures.ipynb #73-figures-29
 def plot_answers(
     cases:list, # (title, DataFrame of `answers`, picture `(h,w,3)` or None)
 ):              # -> figure
@@ -187,7 +188,7 @@ def plot_answers(
     axes[0,1].legend(loc="lower right"); axes[-1,1].set_xlabel("share of the action's clips, %")
     return fig
 
-# %% ../nbs/73_figures.ipynb #73-figures-29
+# %% ../nbs/73_figures.ipynb #73-figures-32
 def changes(base:list, ours:list): # DataFrame: action, body, clips, change (fractions)
     "What each action gains or loses, `nan` where there is no clip."
     import pandas as pd
@@ -217,14 +218,14 @@ def plot_changes(t): # -> figure
     ax.tick_params(axis="y", length=0, labelsize=7); ax.grid(axis="x", color="#e4e4e4", lw=.6); ax.set_axisbelow(True)
     return fig
 
-# %% ../nbs/73_figures.ipynb #73-figures-33
+# %% ../nbs/73_figures.ipynb #73-figures-37
 TERMS = dict(ce_a="CE action", ce_b="CE body", hp="HP", pcc_b="PCC body", pcc_a="PCC action", pda="PDA")
 SHARES = dict(tp_a="TP: both right", fn_a1="FN: body right", fn_a2="FN: both wrong", fn_a3="FN: action right")
 
 def curve_points(results, kinds): # DataFrame: run, system, seed, epoch, key, value
     "The history of some runs, one number per row. `kinds` are beginnings of keys, `rgb/share_` for instance."
     import pandas as pd
-    rows = [dict(run=r.run.name, system=r.run.system, seed=r.run.seed, epoch=int(h["epoch"])+1, key=k, value=float(v)) for r in results for h in r.history
+    rows = [dict(run=r.run.name, system=r.run.system, seed=r.run.seed, epoch=int(h["epoch"]), key=k, value=float(v)) for r in results for h in r.history
             for k,v in h.items() if k.startswith(tuple(kinds)) and isinstance(v, (int, float)) and np.isfinite(v)]
     return pd.DataFrame(rows, columns=["run", "system", "seed", "epoch", "key", "value"])
 
@@ -236,7 +237,7 @@ def plot_curves(t): # -> figure
         for label,color,width in (("ablations", "#d3d6da", .9), *((s, c, 2) for s,c in COLORS.items())):
             for i,(_,d) in enumerate(t[(t.key==key) & (t.label==label)].groupby("run", sort=False)):
                 ax.plot(d.epoch, unit*d.value, color=color, lw=width, label=label if i==0 else None, marker="o" if len(d)==1 else None, ms=4)
-        ax.set(title=title, xlabel="epoch"); ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set(title=title, xlabel="epoch"); ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True, min_n_ticks=1))
     axes[0].set_ylim(0); axes[1].set_ylim(0); axes[1].legend(loc="lower right")
     return fig
 
@@ -248,11 +249,11 @@ def plot_terms(t): # -> figure
         for (term,name),c in zip(TERMS.items(), BODY_COLORS):
             d = t[(t.stream==stream) & (t.term==term)]
             if len(d): ax.plot(d.epoch, d.value, color=c, label=name, marker="o" if len(d)==1 else None, ms=4)
-        ax.set(title=dict(rgb="RGB", pose="Pose")[stream], xlabel="epoch"); ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set(title=dict(rgb="RGB", pose="Pose")[stream], xlabel="epoch"); ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True, min_n_ticks=1))
     axes[0].set_ylabel("term × its weight"); axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     return fig
 
-# %% ../nbs/73_figures.ipynb #73-figures-34
+# %% ../nbs/73_figures.ipynb #73-figures-38
 def plot_shares(t): # -> figure
     "How each batch is sorted, over training: right, three kinds of half-right or wrong. `t` has columns stream, term, epoch, value."
     import matplotlib.pyplot as plt
@@ -264,11 +265,11 @@ def plot_shares(t): # -> figure
         for (term,name),c in zip(SHARES.items(), colors):
             if term not in d: continue
             ax.bar(e, 100*d[term], .92, bottom=bottom, color=c, label=name); bottom = bottom + 100*d[term].to_numpy()
-        ax.set(title=dict(rgb="RGB", pose="Pose")[stream], xlabel="epoch", ylim=(0, 100), xlim=(e.min()-.55, e.max()+.55)); ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set(title=dict(rgb="RGB", pose="Pose")[stream], xlabel="epoch", ylim=(0, 100), xlim=(e.min()-.55, e.max()+.55)); ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True, min_n_ticks=1))
     axes[0].set_ylabel("share of the training clips, %"); axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1), reverse=True)
     return fig
 
-# %% ../nbs/73_figures.ipynb #73-figures-39
+# %% ../nbs/73_figures.ipynb #73-figures-43
 def picture(clip, side:int=260, at=None): # (side,side,3) uint8, or (n,side,side,3) for n frame numbers
     "Frames of a clip, cut to the person, with the keypoints drawn. The middle frame by default."
     from pcan.augment import ClipSpec

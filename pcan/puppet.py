@@ -39,8 +39,9 @@ def subject(
 )->Subject:
     "Person `s`, the same in every clip."
     r = rng_of(seed, 101, s); g = lambda sd: float(1 + np.clip(sd*r.randn(), -2*sd, 2*sd))
-    return Subject(*[g(sd) for sd in (.04, .05, .04, .07, .05, .06, .15, .15)], .3 + .5*r.rand(), .3*r.rand(),
-                   tuple(r.dirichlet(np.full(len(REST_HANDS), .8))), tuple(r.dirichlet(np.full(len(REST_LEGS), .8))), bool(r.rand() < .35))
+    size, side = [g(sd) for sd in (.04, .05, .04, .07, .05, .06, .15, .15)], .3 + .5*r.rand()
+    habit = lambda places: tuple(r.dirichlet(np.full(len(places), .8)))
+    return Subject(*size, side, .3*r.rand(), habit(REST_HANDS), habit(REST_LEGS), bool(r.rand() < .35))
 
 # %% ../nbs/22_puppet.ipynb #22-puppet-11
 def rot(
@@ -74,7 +75,7 @@ def bend(
 # %% ../nbs/22_puppet.ipynb #22-puppet-17
 class Place(NamedTuple):
     "A place for a hand."
-    frame: str                    # torso, head, shoulder, across (the other shoulder), thigh, knee, foot, arm (the other forearm)
+    frame: str                    # torso head shoulder thigh knee foot, arm (other forearm), across (other shoulder)
     at: tuple                     # fingertips, metres
     d: tuple                      # where the fingers point
     palm: tuple = (0, 0, -1)      # where the palm looks
@@ -161,7 +162,7 @@ class Motion(NamedTuple):
     body: dict = {}              # channel -> held, or (held, swing, hertz)
 
 def row(
-    envelope, hand="", other="", rub=(0, 0, 0, 0), beat="sine", finger="loose", start="", legs="", legs0="", prop="", # as in `Motion`
+    envelope, hand="", other="", rub=(0, 0, 0, 0), beat="sine", finger="loose", start="", legs="", legs0="", prop="",
     **body, # channels
 )->Motion:
     "A `Motion` whose further keywords are channels."
@@ -169,9 +170,9 @@ def row(
 
 # %% ../nbs/22_puppet.ipynb #22-puppet-25
 MOTIONS = (  # body
-    row("burst", sway=(0, .14, 1.3), twist=(0, .10, 1.3)),                                # shaking body
-    row("leave", slump=1.),                                                               # sitting straightly
-    row("visit", shrug=.085, tilt=.06),                                                   # shrugging
+    row("burst", sway=(0, .19, 1.3), twist=(0, .20, 1.3)),                                # shaking body
+    row("leave", slump=1.5),                                                              # sitting straightly
+    row("visit", shrug=.095, tilt=.06),                                                   # shrugging
     row("visit", twist=-.75, turn=-.65),                                                  # turning around
     row("hold", rise=.26, lean=.22),                                                      # rising up
     # head
@@ -246,7 +247,8 @@ def envelope(
     if kind in ("hold", "leave"):
         e = smooth((u - r.uniform(.08, .35))/r.uniform(.3, .45))
         return e if kind == "hold" else 1 - e
-    a, w, b = (r.uniform(*v) for v in (((0, .12), (.14, .22), (.80, .95)) if kind == "burst" else ((.03, .20), (.2, .3), (.62, .85))))
+    spans = dict(burst=((0, .12), (.14, .22), (.80, .95)), visit=((.03, .20), (.2, .3), (.62, .85)))[kind]
+    a, w, b = (r.uniform(*v) for v in spans)
     return smooth((u - a)/w)*(1 - smooth((u - b)/w))
 
 # %% ../nbs/22_puppet.ipynb #22-puppet-33
@@ -264,6 +266,7 @@ def drift(
     f, p = r.uniform(*hz, (1, n, 3)), r.uniform(0, 2*np.pi, (1, n, 3))
     return np.sin(2*np.pi*f*np.arange(T)[:,None,None]/30 + p).sum(-1)*np.sqrt(2/3)
 
+# %% ../nbs/22_puppet.ipynb #22-puppet-34
 def channels(
     m: Motion,       # the row
     e,               # `(T,)` envelope
@@ -283,6 +286,7 @@ def channels(
         out[name] = out[name] + amp*e*(held + swing*np.sin(2*np.pi*hz*tempo*t + phase))
     return out
 
+# %% ../nbs/22_puppet.ipynb #22-puppet-35
 def swing(
     m: Motion, e, t, amp, tempo, r, # as in `channels`
 ):                                  # `(T,3)` metres
@@ -292,10 +296,10 @@ def swing(
     if m.beat == "free": s = drift(r, len(t), 3, (.5*hz, 1.2*hz))
     return amp*e[:,None]**2*s*np.array(m.rub[:3])
 
-# %% ../nbs/22_puppet.ipynb #22-puppet-35
-HEAD = dict(centre=(0, 0, 0), nose=(0, -.02, .125), eyeR=(-.042, .022, .098), eyeL=(.042, .022, .098), earR=(-.105, -.005, 0),
-            earL=(.105, -.005, 0), chin=(0, -.135, .055), top=(0, .15, 0), face=(0, -.012, .045), mouthR=(-.03, -.078, .1),
-            mouthL=(.03, -.078, .1), mouth=(0, -.083, .108), browR=(-.045, .052, .102), browL=(.045, .052, .102),
+# %% ../nbs/22_puppet.ipynb #22-puppet-37
+HEAD = dict(centre=(0, 0, 0), nose=(0, -.02, .125), eyeR=(-.042, .022, .098), eyeL=(.042, .022, .098),
+            earR=(-.105, -.005, 0), earL=(.105, -.005, 0), chin=(0, -.135, .055), top=(0, .15, 0),
+            face=(0, -.012, .045), mouthR=(-.03, -.078, .1), mouthL=(.03, -.078, .1), mouth=(0, -.083, .108), browR=(-.045, .052, .102), browL=(.045, .052, .102),
             crown=(0, .05, -.03), front=(0, -.012, .60))   # metres, before the head's size
 SIDES = ("R", -1.), ("L", 1.)
 
@@ -315,10 +319,11 @@ def trunk(
     on = lambda o, *a: o + k*np.einsum("tij,tj->ti", H, v(*a))
     centre = on(p["neck"] + np.einsum("tij,j->ti", R, [0, .035, .015]), 0, .15, .025)
     p |= {name: on(centre, *x) for name, x in HEAD.items()}
-    p |= dict(bridge=on(centre, 0, .018 + .03*c["push"], .118)) | {"rim"+S: on(centre, side*.044, .018 + .03*c["push"], .108) for S, side in SIDES}
+    lift = .018 + .03*c["push"]; p["bridge"] = on(centre, 0, lift, .118)
+    for S, side in SIDES: p["rim"+S] = on(centre, side*.044, lift, .108)
     return p, dict(torso=(hip, R), head=(centre, H))
 
-# %% ../nbs/22_puppet.ipynb #22-puppet-37
+# %% ../nbs/22_puppet.ipynb #22-puppet-39
 def own(
     v,    # a vector with x towards the own side
     side, # -1 right, 1 left
@@ -341,16 +346,19 @@ def legs(
     for S, side in SIDES:
         x, pole, toe = ((1 - w)*own(v0, side) + w*own(v1, side) for v0, v1 in zip(pick(a, S), pick(b, S)))
         lift = np.abs(c["bounce"])[:,None]*(S == "R" or both)
-        ankle = x*[1, 1, who.legs] + .012*r.randn(3)*[1, 0, 1] + 4*w*(1 - w)*np.array([0, .10, .03])*bool(m.legs) + lift*up
+        step = 4*w*(1 - w)*np.array([0, .10, .03])*bool(m.legs)
+        ankle = x*[1, 1, who.legs] + .012*r.randn(3)*[1, 0, 1] + step + lift*up
         p["knee"+S], p["ankle"+S] = bend(p["hip"+S], ankle, .42*who.legs, .435*who.legs, pole)
         f = unit(unit(toe) - 8*lift*up); p["toe"+S], p["heel"+S] = (p["ankle"+S] + k*f - .045*up for k in (.19, -.05))
 
-# %% ../nbs/22_puppet.ipynb #22-puppet-39
+# %% ../nbs/22_puppet.ipynb #22-puppet-41
 CURLS = dict(  # curl of thumb .. little finger, fan, wrist to fingertip (metres)
-    loose=((.3, .5, .55, .6, .65), .3, .16), flat=((.1, .1, .1, .1, .1), .2, .18), spread=((0, 0, .05, .05, .1), 1.1, .18),
-    fist=((.9, 1.7, 1.75, 1.75, 1.75), 0, .10), point=((.9, .05, 1.7, 1.75, 1.75), 0, .18), grip=((.5, .9, 1, 1.1, 1.2), .2, .14),
-    scratch=((.4, .8, .8, .8, .8), .5, .155), drum=((.3, .55, .55, .55, .55), .6, .16), clench=((.5, .95, .95, .95, .95), .5, .13))
-CURL_SWINGS = dict(scratch=(.4, 2.6, 0.), drum=(.55, 1.9, 1.1), clench=(.95, 1.3, 0.))  # radians, hertz, lag from finger to finger
+    loose=((.3, .5, .55, .6, .65), .3, .16), flat=((.1, .1, .1, .1, .1), .2, .18),
+    spread=((0, 0, .05, .05, .1), 1.1, .18), fist=((.9, 1.7, 1.75, 1.75, 1.75), 0, .10),
+    point=((.9, .05, 1.7, 1.75, 1.75), 0, .18), grip=((.5, .9, 1, 1.1, 1.2), .2, .14),
+    scratch=((.4, .8, .8, .8, .8), .5, .155), drum=((.3, .55, .55, .55, .55), .6, .16),
+    clench=((.5, .95, .95, .95, .95), .5, .13))
+CURL_SWINGS = dict(scratch=(.4, 2.6, 0.), drum=(.55, 1.9, 1.1), clench=(.95, 1.3, 0.))  # radians, hertz, lag between fingers
 
 def hand_points(
     w,      # `(T,3)` wrist
@@ -363,14 +371,15 @@ def hand_points(
 ):          # `(T,15,3)`: five knuckles, five middle joints, five tips
     "The points of a hand."
     d = unit(d); n = unit(palm - (palm*d).sum(-1, keepdims=True)*d); s = -side*np.cross(d, n)   # s: towards the thumb
-    x, y, length = np.array([[.036, .028, .010, -.009, -.027], [.030, .088, .092, .088, .080], [.050, .050, .056, .052, .042]])
+    x, y, length = np.array([[.036, .028, .010, -.009, -.027], [.030, .088, .092, .088, .080],
+                             [.050, .050, .056, .052, .042]])
     k = w[:,None] + size*(d[:,None]*y[:,None] + s[:,None]*x[:,None])
     a = np.array([0, .19, .05, -.10, -.24])*(.6 + .8*fan); a[:,0] = .55 + .45*fan[:,0]
     ray = np.cos(a)[...,None]*d[:,None] + np.sin(a)[...,None]*s[:,None]
     bone = lambda c: size*length[:,None]*(np.cos(c)[...,None]*ray + np.sin(c)[...,None]*n[:,None])
     mid = k + bone(.7*curl); return np.concatenate([k, mid, mid + .8*bone(1.6*curl)], 1)
 
-# %% ../nbs/22_puppet.ipynb #22-puppet-42
+# %% ../nbs/22_puppet.ipynb #22-puppet-44
 def frame_of(
     name: str,    # as in `Place.frame`
     S: str,       # R or L, the hand that asks
@@ -385,6 +394,7 @@ def frame_of(
     if name == "arm": return .5*p["elbow"+O] + .5*p["wrist"+O], still
     return p[{"knee": "knee", "foot": "toe"}[name] + S], still
 
+# %% ../nbs/22_puppet.ipynb #22-puppet-45
 def arm(
     p: dict,      # points so far; filled in
     frames: dict, # torso and head
@@ -407,11 +417,12 @@ def arm(
     d = mix(d0, d1); arc = 4*w*(1 - w)*np.array([side*.03, .03, .12])*(places[0] != places[1])
     wrist = mix(x0 - d0*r0*size, x1 - d1*r1*size) + move + arc
     p["elbow"+S], p["wrist"+S] = bend(p["shoulder"+S], wrist, .285*who.arms, .26*who.arms, mix(k0, k1))
-    size_, hz, lag = CURL_SWINGS.get(finger, (0., 0., 0.)); beat = np.sin(2*np.pi*hz*tempo*t[:,None] + r.uniform(0, 2*np.pi) - lag*np.arange(5))
-    curl = np.clip(mix(c0, c1) + w*size_*beat*[.4, 1, 1, 1, 1], -.1, 1.9)
+    swing, hz, lag = CURL_SWINGS.get(finger, (0., 0., 0.)); phase = r.uniform(0, 2*np.pi) - lag*np.arange(5)
+    beat = w*swing*np.sin(2*np.pi*hz*tempo*t[:,None] + phase)*[.4, 1, 1, 1, 1]
+    curl = np.clip(mix(c0, c1) + beat, -.1, 1.9)
     p["hand"+S] = hand_points(p["wrist"+S], d, mix(n0, n1), side, curl, mix(f0, f1), size)
 
-# %% ../nbs/22_puppet.ipynb #22-puppet-44
+# %% ../nbs/22_puppet.ipynb #22-puppet-47
 def act(
     m: Motion,       # what to do
     who: Subject,    # by whom
@@ -440,12 +451,13 @@ def mirror(
     "The same figure with left and right exchanged."
     return {n[:-1] + dict(R="L", L="R").get(n[-1], n[-1]): v*[-1, 1, 1] for n, v in p.items()}
 
-# %% ../nbs/22_puppet.ipynb #22-puppet-46
+# %% ../nbs/22_puppet.ipynb #22-puppet-49
 def joints(
     p: dict, # points, in space or projected
 ):           # `(T,28,·)`
     "The 28 joints of MA-52."
     three = lambda S, *names: [p[n+S] for n in names]
     x = [p["nose"], p["neck"], *three("R", "shoulder", "elbow", "wrist"), *three("L", "shoulder", "elbow", "wrist"),
-         *three("R", "hip", "knee", "ankle"), *three("L", "hip", "knee", "ankle"), p["eyeR"], p["eyeL"], p["earR"], p["earL"]]
+         *three("R", "hip", "knee", "ankle"), *three("L", "hip", "knee", "ankle"),
+         p["eyeR"], p["eyeL"], p["earR"], p["earL"]]
     return np.concatenate([np.stack(x, 1), p["handL"][:,10:], p["handR"][:,10:]], 1)

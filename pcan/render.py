@@ -73,8 +73,8 @@ def look(
     hair = tint(person, pick(person, HAIRS if sum(skin) > 480 else HAIRS[-2:]), 4)   # hair stays apart from the skin
     return Look(skin, hair, person.randint(3), tint(session, pick(session, SHIRTS)), bool(session.rand() < .55),
                 tint(session, pick(session, TROUSERS)), pick(session, SHOES), tint(session, (wall, wall, wall - 4), 4),
-                tint(session, (146,134,122), 6), tint(session, pick(session, CHAIRS), 4), pick(person, RIMS) if glasses else (),
-                pick(session, OBJECTS), session.randint(3), float(session.uniform(.9, 1.08)))
+                tint(session, (146,134,122), 6), tint(session, pick(session, CHAIRS), 4),
+                pick(person, RIMS) if glasses else (), pick(session, OBJECTS), session.randint(3), float(session.uniform(.9, 1.08)))
 
 # %% ../nbs/23_render.ipynb #23-render-12
 AA, SHIFT, ONE = cv2.LINE_AA, 4, 16   # antialiased, in sixteenths of a pixel
@@ -100,7 +100,8 @@ def limb(
 ):          # a routine draw(img, t)
     "A tapered limb with a darker outline."
     d = b - a; n = np.stack([-d[:,1], d[:,0]], -1)/np.maximum(np.linalg.norm(d, axis=-1, keepdims=True), 1e-6)
-    corners = fixed(np.stack([a + n*ra, a - n*ra, b - n*rb, b + n*rb], 1)); a, b, edge = fixed(a), fixed(b), shade(colour, .7)
+    corners = fixed(np.stack([a + n*ra, a - n*ra, b - n*rb, b + n*rb], 1))
+    a, b, edge = fixed(a), fixed(b), shade(colour, .7)
     def draw(img, t):
         disc(img, a[t], ra + .9, edge); disc(img, b[t], rb + .9, edge); ring(img, corners[t], edge, 2)
         disc(img, a[t], ra, colour); disc(img, b[t], rb, colour); patch(img, corners[t], colour)
@@ -147,7 +148,8 @@ def face(
     b = g("bridge")
     for S in "RL":
         m = g("rim"+S); oval(img, m, .038*k, .030*k, angle, look.glasses, wide(.012*k))
-        stroke(img, [m + (m - b)*.9, g("ear"+S)], look.glasses, .009*k); stroke(img, [m + (b - m)*.8, b], look.glasses, .012*k)
+        stroke(img, [m + (m - b)*.9, g("ear"+S)], look.glasses, .009*k)
+        stroke(img, [m + (b - m)*.8, b], look.glasses, .012*k)
 
 # %% ../nbs/23_render.ipynb #23-render-21
 def head(
@@ -158,7 +160,7 @@ def head(
     "Hair, ears, face."
     k = cam.scale*1.2; f = {n: fixed(v[...,:2]) for n, v in p.items() if v.ndim == 2}
     up = p["top"][:,:2] - p["chin"][:,:2]; angle = np.degrees(np.arctan2(up[:,0], -up[:,1]))
-    facing = p["front"][:,2] - p["centre"][:,2]                      # metres towards the camera, .6 or so = straight at it
+    facing = p["front"][:,2] - p["centre"][:,2]   # metres towards the camera: .6 or so is straight at it
     edge = shade(look.skin, .72)
     def behind(img, t):
         if look.style == 2: oval(img, f["crown"][t], .135*k, .20*k, angle[t], shade(look.hair, .9))
@@ -166,7 +168,7 @@ def head(
         g = lambda n: f[n][t]
         oval(img, g("crown"), .128*k, .132*k, angle[t], look.hair)
         for S in "RL": disc(img, g("ear"+S), .028*k, edge); disc(img, g("ear"+S), .022*k, look.skin)
-        oval(img, g("face"), .099*k + .8, .124*k + .8, angle[t], edge); oval(img, g("face"), .099*k, .124*k, angle[t], look.skin)
+        for grow, colour in ((.8, edge), (0, look.skin)): oval(img, g("face"), .099*k + grow, .124*k + grow, angle[t], colour)
         high, size = ((.45, (.098,.062)), (.72, (.085,.045)), (.45, (.098,.062)))[look.style]
         oval(img, (1 - high)*g("face") + high*g("top"), size[0]*k, size[1]*k, angle[t], look.hair)   # fringe
         if facing[t] > .05: face(img, g, k, angle[t], look)
@@ -210,7 +212,8 @@ def torso(
 ):               # a routine draw(img, t)
     "Shirt, neck and collar."
     k, x = cam.scale, lambda n: p[n][...,:2]; top = lambda S: .5*x("neck") + .5*x("shoulder"+S) - [0, .035*k]
-    body = fixed(np.stack([x("shoulderR"), top("R"), top("L"), x("shoulderL"), x("ribL"), x("hipL"), x("hipR"), x("ribR")], 1))
+    body = fixed(np.stack([x("shoulderR"), top("R"), top("L"), x("shoulderL"), x("ribL"), x("hipL"), x("hipR"),
+                           x("ribR")], 1))
     neck = fixed(np.stack([x("neck") + [0, .03*k], .4*x("neck") + .6*x("centre")], 1))
     def draw(img, t):
         stroke(img, neck[t], shade(look.skin, .88), .10*k)
@@ -220,8 +223,9 @@ def torso(
     return draw
 
 # %% ../nbs/23_render.ipynb #23-render-26
-BONES = (("hip","knee",.088,.066,"trousers",.02), ("knee","ankle",.064,.044,"trousers",.03), ("heel","toe",.042,.036,"shoes",.05),
-         ("shoulder","elbow",.058,.046,"shirt",.03), ("elbow","wrist",.044,.032,"sleeve",.06))   # from, to, radii (m), colour, bias (m)
+BONES = (  # from, to, radii (metres), colour, bias (metres)
+    ("hip","knee",.088,.066,"trousers",.02), ("knee","ankle",.064,.044,"trousers",.03), ("heel","toe",.042,.036,"shoes",.05),
+    ("shoulder","elbow",.058,.046,"shirt",.03), ("elbow","wrist",.044,.032,"sleeve",.06))
 
 def layers(
     p: dict,     # projected points
@@ -231,7 +235,8 @@ def layers(
     "Everything that moves, with its depth."
     k, x = cam.scale, lambda n: p[n][...,:2]; z = lambda *names: sum(p[n][...,2] for n in names)/len(names)
     colour = look._asdict() | dict(sleeve=look.shirt if look.long else look.skin); back, front = head(p, cam, look)
-    out = [(z("shoulderR","shoulderL","hip") - .02, torso(p, cam, look)), (z("centre") - .25, back), (z("centre") + .03, front)]
+    out = [(z("shoulderR","shoulderL","hip") - .02, torso(p, cam, look)),
+           (z("centre") - .25, back), (z("centre") + .03, front)]
     for S in "RL":
         for a, b, ra, rb, c, bias in BONES:
             out.append((z(a+S, b+S) + bias, limb(x(a+S), x(b+S), ra*k, rb*k, colour[c])))

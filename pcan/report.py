@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'COMMAND', 'METRICS', 'COLUMNS', 'BANNERS', 'VERSIONS', 'CSS', 'SERIOUS', 'LEAD', 'folder', 'tidy',
            'save_table', 'read_table', 'paper_table', 'emit', 'kind', 'source_note', 'banner', 'data_line', 'note',
-           'facts', 'wide', 'table_html', 'table_markdown', 'show_table', 'conclude', 'duration', 'provenance', 'shell',
-           'menu', 'roles', 'heading', 'page', 'execute', 'executed', 'summary', 'overview_html', 'overview_markdown',
-           'index', 'build', 'runs_of', 'make_reports']
+           'facts', 'wide', 'unit', 'table_html', 'table_markdown', 'show_table', 'conclude', 'duration', 'provenance',
+           'shell', 'menu', 'roles', 'heading', 'page', 'execute', 'executed', 'summary', 'overview_html',
+           'overview_markdown', 'index', 'build', 'runs_of', 'make_reports']
 
 # %% ../nbs/72_report.ipynb #72-report-02
 import html, re
@@ -15,7 +15,7 @@ from collections import Counter
 
 import numpy as np
 
-from .files import DataError, atomic, reports_dir, root
+from .files import DataError, atomic, data_dir, reports_dir, root
 from .verdicts import Verdict
 
 # %% ../nbs/72_report.ipynb #72-report-05
@@ -103,12 +103,11 @@ def banner(profile:str):
 
 def data_line(profile:str):
     "One line: which data, how many clips, its fingerprint, which split was scored."
-    from pcan.data import manifest_sha
-    from pcan.runs import PROFILES, ensure_data
-    p = PROFILES[profile]; ensure_data(profile); at = root()/"data"/p.data
+    from pcan.runs import PROFILES, data_identity, ensure_data
+    p = PROFILES[profile]; ensure_data(profile); at = data_dir()/p.data
     n = {s: sum(1 for l in (at/"annotations"/f"{s}_list_videos.txt").read_text(encoding="utf-8").splitlines() if l.strip()) for s in ("train", "val", "test")}
     text = f"data/{p.data}: " + " / ".join(f"{v:,} {k}" for k,v in n.items()) + f" clips; scored on {p.score_on}"
-    emit("data", f'<p class="data"><strong>Data</strong> {html.escape(text)}; fingerprint <code>{str(manifest_sha(at))[:12]}</code></p>')
+    emit("data", f'<p class="data"><strong>Data</strong> {html.escape(text)}; fingerprint <code>{data_identity(p.data)[:12]}</code></p>')
 
 # %% ../nbs/72_report.ipynb #72-report-18
 def note(text:str):
@@ -129,6 +128,10 @@ def wide(rows): # -> (means, stds, n seeds), percent, one row per variant
     order = list(dict.fromkeys(t.variant))
     look = lambda x: x.unstack("metric").reindex(index=order, columns=[m for m in METRICS if m in set(t.metric)])
     return look(g.mean()), look(g.std(ddof=1)), t.groupby("variant").seed.nunique()[order]
+
+def unit(n)->str: # a sentence of the caption
+    "What the numbers are. `n` counts seeds per row."
+    return "Percent." if max(n)==1 else f"Percent; mean ± standard deviation over {max(n)} seeds."
 
 def _block(heading, table, cell, cls): # one <tbody>
     head = f'<tr class="block"><th colspan="{table.shape[1]+1}" scope="rowgroup">{html.escape(heading)}</th></tr>'
@@ -153,7 +156,7 @@ def table_html(rows, paper, profile:str, caption:str)->str:
         blocks += [_block(near, paper, lambda v, m: f"{paper.at[v, m]:.2f}", "paper")]
         if kind(profile)=="real": blocks += [_block("Ours minus the paper's", diff:=(mean.loc[ours] - paper).dropna(), lambda v, m: f"{diff.at[v, m]:+.2f}", "paper")]
     head = "".join(f'<th scope="col">{METRICS[m]}</th>' for m in mean)
-    note = f"{caption} Percent. {source_note(profile)}"
+    note = f"{caption} {unit(n[ours])} {source_note(profile)}"
     return f'<table class="results"><caption>{html.escape(note)}</caption><thead><tr><td></td>{head}</tr></thead>{"".join(blocks)}</table>'
 
 # %% ../nbs/72_report.ipynb #72-report-22
@@ -170,7 +173,7 @@ def table_markdown(rows, paper, profile:str)->str:
 def show_table(rows:list, name:str, profile:str, caption:str, paper=None):
     "Save tidy rows and show them beside the paper's."
     save_table(rows, name, profile)
-    emit("table", table_html(rows, paper, profile, caption), table_markdown(rows, paper, profile), name=name, caption=f"{caption} {source_note(profile)}")
+    emit("table", table_html(rows, paper, profile, caption), table_markdown(rows, paper, profile), name=name, caption=f"{caption} {unit(wide(rows)[2])} {source_note(profile)}")
 
 # %% ../nbs/72_report.ipynb #72-report-26
 def conclude(verdicts:list, profile:str, seeds:int=1):
@@ -248,6 +251,7 @@ thead td{border-bottom:1.5px solid var(--ink)}
 .block th{font-weight:600;font-size:.84rem;padding-top:.8rem;color:var(--soft)}
 tbody tr+tr:not(.block)>*{border-top:1px solid var(--line)} tbody.paper td,tbody.paper th{color:var(--soft)}
 tbody:last-child tr:last-child>*{border-bottom:1.5px solid var(--ink)}
+.facts{min-width:min(100%,34rem)}
 .sd{color:var(--soft);font-size:.86em}
 figure{margin:1.4rem 0} figure .scroll{margin:0}
 figure img{display:block;max-width:100%;height:auto;background:#fff;border-radius:6px}
@@ -286,7 +290,7 @@ def _figure(png:str, m:dict)->str:
     links = f' <a href="../figures/{m["name"]}.svg">SVG</a>, <a href="../figures/{m["name"]}.csv">data</a>.' if m.get("name") else ""
     cap = f'<figcaption>{html.escape(m["caption"])}{links}</figcaption>' if m.get("caption") else ""
     w = f' width="{m["width"]}"' if m.get("width") else ""
-    return f'<figure><div class="scroll wide"><img{w} alt="{html.escape(m.get("alt", ""))}" src="data:image/png;base64,{png.strip()}"></div>{cap}</figure>'
+    return f'<figure><div class="scroll wide" tabindex="0"><img{w} alt="{html.escape(m.get("alt", ""))}" src="data:image/png;base64,{png.strip()}"></div>{cap}</figure>'
 
 def _output(o)->str: # HTML of one output, "" for what a page leaves out
     if o.output_type=="stream": return f"<pre>{html.escape(o.text)}</pre>" if o.name=="stdout" else ""
@@ -294,7 +298,7 @@ def _output(o)->str: # HTML of one output, "" for what a page leaves out
     data, m = o.data, o.metadata.get("pcan", {})
     if m.get("role")=="caption": return ""
     if "image/png" in data: return _figure(data["image/png"].replace("\n", ""), m)
-    if "text/html" in data: return f'<div class="scroll">{data["text/html"]}</div>' if "<table" in data["text/html"] else data["text/html"]
+    if "text/html" in data: return f'<div class="scroll" tabindex="0">{data["text/html"]}</div>' if "<table" in data["text/html"] else data["text/html"]
     if "text/markdown" in data: return _markdown(data["text/markdown"])
     return f'<pre>{html.escape(data.get("text/plain", ""))}</pre>'
 
@@ -383,7 +387,7 @@ def overview_html(profile:str, nbs:dict, at:str="", others=())->str: # HTML of t
         f'<li><a href="{href(n)}">{html.escape(title)}</a> <span class="why">{html.escape(question)}</span>'
         f'<span class="outcome {v["outcomes"][0].replace(" ", "-")}">{v["outcomes"][0]}</span> {html.escape(v["headline"])}'
         f'<span class="why">{html.escape(summary(v))}</span></li>' for n,(title, question),v in rows] + ["</ul>"]
-    main += [f'<h2 id="{n}"><a href="{href(n)}">{EXPERIMENTS[n]}</a></h2><div class="scroll">{o.data["text/html"]}</div>'
+    main += [f'<h2 id="{n}"><a href="{href(n)}">{EXPERIMENTS[n]}</a></h2><div class="scroll" tabindex="0">{o.data["text/html"]}</div>'
              for n in ("table1", "table2", "table3") if n in nbs for o in list(roles(nbs[n], "table"))[:1]]
     cards = [f'<figure><a href="{href(n)}"><img loading="lazy" alt="{html.escape(m["alt"])}" src="{at}figures/{m["name"]}.png"></a>'
              f'<figcaption>{html.escape(m["caption"])}</figcaption></figure>' for n,nb in nbs.items() for m in _meta(nb, "figure")[-1 if n=="benchmark" else 0:][:1]]

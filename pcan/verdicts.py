@@ -50,8 +50,11 @@ def score(
 class Difference(NamedTuple):
     "A difference between two systems, in fractions, and its interval."
     value:float; lo:float; hi:float; seeds:int; clips:int; level:float
-    def __str__(self):
-        return f"{100*self.value:+.1f} points ({100*self.level:.3g}% interval {100*self.lo:+.1f} to {100*self.hi:+.1f}; {self.seeds} seed{'s'*(self.seeds>1)}, {self.clips:,} clips)".replace("-", "−")
+    @property
+    def base(self)->str: return f"{self.seeds} seed{'s'*(self.seeds>1)}, {self.clips:,} clips"
+    @property
+    def ends(self)->str: return f"{100*self.lo:+.1f} to {100*self.hi:+.1f}".replace("-", "−")
+    def __str__(self): return f"{100*self.value:+.1f} points".replace("-", "−") + f" ({100*self.level:.3g}% interval {self.ends}; {self.base})"
 
 def clip_weights(N:int, R:int=2000, seed:int=0)->np.ndarray: # (R,N)
     "How often each of N clips is drawn in each of R resampled test sets; the first row is the real one."
@@ -102,5 +105,6 @@ def judge(claim:str, *diffs)->Verdict:
 def best_of(claim:str, ours:list, others:dict, metric:str)->Verdict:
     "The claim that one setting beats each of several others."
     d = {k: difference(ours, v, metric, 1-.05/len(others)) for k,v in others.items()}
-    v = judge(claim, *d.values())
-    return Verdict(claim, v.outcome, "; ".join(f"against {k}: {x}" for k,x in d.items()))
+    v = judge(claim, *d.values()); x = next(iter(d.values()))
+    each = "; ".join(f"against {k} {100*x.value:+.1f}".replace("-", "−") + f" ({x.ends})" for k,x in d.items())
+    return Verdict(claim, v.outcome, f"{each}; points, {100*x.level:.3g}% interval{'s'*(len(d)>1)}, {x.base}")

@@ -1,6 +1,5 @@
 "Every experiment notebook: has its parameter, keeps no outputs, is on the list, and runs as a smoke run."
 import os, re, shutil
-from pathlib import Path
 
 import nbformat
 import pytest

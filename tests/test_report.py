@@ -1,6 +1,5 @@
 "Tables, verdicts and pages: same numbers back, same bytes again, nothing fetched from elsewhere."
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest

@@ -127,7 +127,8 @@ def test_refusals(made, tmp_path):
     with pytest.raises(DataError, match="Delete that folder or give another root"): generate(replace(TINY, seed=1), made[0], workers=1)
     (tmp_path/"mine").mkdir(); (tmp_path/"mine"/"thesis.txt").write_text("years of work")
     with pytest.raises(DataError, match="give another root"): generate(TINY, tmp_path/"mine", workers=1)
-    with pytest.raises(DataError, match="even size"): SynthSpec("odd", size=(65, 54))
+    with pytest.raises(DataError, match="an even size"): SynthSpec("odd", size=(65, 54))
+    with pytest.raises(IndexError, match="no dev clip 0"): clip(TINY, "dev", 0)
 
 
 def test_identity_is_sensitive():
