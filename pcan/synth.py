@@ -34,11 +34,11 @@ class SynthSpec:
     seed: int = 0                       # all randomness starts here
     subjects: int = 85                  # people: 50 / 15 / 35 % of them in train / val / test
     split: str = "subject"              # "subject": nobody is in two splits; "ma52": train, val share people
-    tail: float = 1.05                 # a class's share ~ (clips in MA-52) ** tail; 0: all the same
+    tail: float = 1.05                  # a class's share ~ (clips in MA-52) ** tail; 0: all the same
     floor: float = .006                 # least share of a class
     frames: int = 48                    # of a clip, 30 a second
     size: tuple = (260, 216)            # frame height, width in pixels (MA-52: 1296, 1080)
-    amplitude: float = .9              # size of every swing and turn
+    amplitude: float = .9               # size of every swing and turn
     jitter: float = .018                # keypoint noise, metres on the figure
     drop: float = .03                   # share of joints the detector misses
     label_noise: float = .03            # train clips that show another action of their body part
