@@ -6,9 +6,9 @@
 __all__ = ['synth', 'train', 'report', 'validate']
 
 # %% ../nbs/74_cli.ipynb #74-cli-02
-import argparse, sys
+import argparse, os, sys
 from pathlib import Path
-from .files import DataError, data_dir, read_json
+from .files import DataError, data_dir, read_json, reports_dir, root
 
 # %% ../nbs/74_cli.ipynb #74-cli-05
 def _command(f):
@@ -34,7 +34,6 @@ def synth(argv=None):
     p.add_argument("--out", type=Path, help="folder to write; data/synth/NAME by default")
     p.add_argument("--workers", type=int, default=None, help="processes; all cores by default")
     a = p.parse_args(argv)
-    import os
     from pcan.synth import SPECS, generate
     if a.name not in SPECS: raise ValueError(f"no synthetic set {a.name!r}; there are {', '.join(SPECS)}")
     out = a.out or data_dir()/"synth"/a.name
@@ -71,11 +70,15 @@ def report(argv=None):
     _profile(p)
     p.add_argument("--only", nargs="*", help="experiments to execute; all by default")
     p.add_argument("--jobs", type=int, default=None, help="runs trained side by side; one per core by default")
+    p.add_argument("--fresh", action="store_true", help="train everything again, into reports/fresh, and compare with what stands in reports")
     a = p.parse_args(argv)
-    from pcan.report import make_reports
-    from pcan.runs import profile_of
+    from pcan.report import make_reports, runs_of
+    from pcan.runs import agreement, profile_of
     profile_of(a.profile)
+    before = reports_dir(a.profile)
+    if a.fresh: os.environ["PCAN_REPORTS"] = str(root()/"reports"/"fresh")
     make_reports(a.profile, only=a.only, jobs=a.jobs)
+    if a.fresh: print(agreement(runs_of(a.profile), before/"runs"))
 
 # %% ../nbs/74_cli.ipynb #74-cli-13
 @_command

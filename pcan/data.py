@@ -199,9 +199,9 @@ def person_frames(
 
 # %% ../nbs/11_data.ipynb #11-data-36
 def manifest_sha(root:str|Path)->str: # 64 hex digits
-    "Fingerprint of a data set: of its manifest, or else of all its lists and keypoints."
+    "Fingerprint of a data set: what its manifest says, or else of all its lists and keypoints."
     root = Path(root)
-    if (root/"manifest.json").is_file(): return sha256_file(root/"manifest.json")
+    if (root/"manifest.json").is_file(): return read_json(root/"manifest.json").get("sha256") or sha256_file(root/"manifest.json")
     found = [f for s in SPLITS for f in _files(root, s)[:2] if f.is_file()]
     if not found: raise DataError(_said(root, "neither manifest.json nor lists", f"a data set's folder. {_HELP}"))
     return sha256_json([(f.name, sha256_file(f)) for f in found])

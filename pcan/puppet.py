@@ -6,7 +6,7 @@
 __all__ = ['REST_HANDS', 'REST_LEGS', 'PLACES', 'LEGS', 'MOTIONS', 'CHANNELS', 'IDLE', 'SECOND', 'HEAD', 'SIDES', 'CURLS',
            'CURL_SWINGS', 'rng_of', 'Subject', 'subject', 'rot', 'unit', 'bend', 'Place', 'Legs', 'Motion', 'row',
            'smooth', 'envelope', 'drift', 'channels', 'swing', 'trunk', 'own', 'legs', 'hand_points', 'frame_of', 'arm',
-           'act', 'mirror', 'joints']
+           'beside', 'hands', 'act', 'mirror', 'joints']
 
 # %% ../nbs/22_puppet.ipynb #22-puppet-02
 from typing import NamedTuple
@@ -268,22 +268,22 @@ def drift(
 
 # %% ../nbs/22_puppet.ipynb #22-puppet-34
 def channels(
-    m: Motion,       # the row
-    e,               # `(T,)` envelope
+    plays,           # what is played: (row, `(T,)` envelope) pairs, the action that counts first
     t,               # `(T,)` seconds
     amp: float,      # size of this clip's movements
     tempo: float,    # speed of its swings
-    distract: float, # chance of a second movement
+    distract: float, # chance of a second, small movement
     r,               # random stream
 )->dict:             # channel -> `(T,)`
-    "Idle wandering, a distraction now and then, and the row's held + swing."
-    phase = r.uniform(0, 2*np.pi); base = drift(r, len(t), len(CHANNELS))*IDLE
+    "Idle wandering, a distraction now and then, and each row's held + swing."
+    phases = r.uniform(0, 2*np.pi, len(plays)); base = drift(r, len(t), len(CHANNELS))*IDLE
     bump = smooth(1 - np.abs(t/t[-1] - r.uniform(.2, .8))/r.uniform(.25, .5))[:,None]
     base += (r.rand() < distract)*bump*SECOND*r.randn(len(CHANNELS))*(r.rand(len(CHANNELS)) < .25)
     out = dict(zip(CHANNELS, base.T))
-    for name, v in m.body.items():
-        held, swing, hz = v if isinstance(v, tuple) else (v, 0., 0.)
-        out[name] = out[name] + amp*e*(held + swing*np.sin(2*np.pi*hz*tempo*t + phase))
+    for (m, e), phase in zip(plays, phases):
+        for name, v in m.body.items():
+            held, swing, hz = v if isinstance(v, tuple) else (v, 0., 0.)
+            out[name] = out[name] + amp*e*(held + swing*np.sin(2*np.pi*hz*tempo*t + phase))
     return out
 
 # %% ../nbs/22_puppet.ipynb #22-puppet-35
@@ -423,6 +423,27 @@ def arm(
     p["hand"+S] = hand_points(p["wrist"+S], d, mix(n0, n1), side, curl, mix(f0, f1), size)
 
 # %% ../nbs/22_puppet.ipynb #22-puppet-47
+def beside(
+    m: Motion, # the action that counts
+    t,         # `(T,)` seconds
+    r,         # random stream
+)->tuple:      # a row that uses only what `m` leaves free, its `(T,)` envelope
+    "A second action, 40 to 100% of it, for the parts of the body the first one leaves free."
+    n = MOTIONS[r.randint(len(MOTIONS))]; e = r.uniform(.4, 1)*envelope(n.envelope, t/t[-1], r)
+    body = {k: v for k, v in n.body.items() if k not in m.body}
+    return n._replace(body=body, legs="" if m.legs or "bounce" in m.body else n.legs), e
+
+def hands(
+    m: Motion, e,      # the action that counts and its envelope
+    n: Motion|None, w, # the second one, if any
+)->dict:               # hand -> (place to go to, row, envelope)
+    "Who moves which hand: a second action gets a hand only if the first leaves it at rest."
+    role = dict(L=(m.other, m, e), R=(m.hand, m, e))
+    if n and n.hand and not (m.hand or m.start): role |= dict(R=(n.hand, n, w)) | (dict(L=(n.other, n, w)) if n.other else {})
+    elif n and n.hand and m.hand and not m.other and PLACES[n.hand].frame != "arm": role |= dict(L=(n.hand, n, w))
+    return role
+
+# %% ../nbs/22_puppet.ipynb #22-puppet-48
 def act(
     m: Motion,       # what to do
     who: Subject,    # by whom
@@ -430,17 +451,22 @@ def act(
     frames: int=48,  # 30 a second
     amplitude: float=1., # size of every swing and turn
     distract: float=.5,  # chance of a second, small movement
+    second: float=0.,    # chance of a second action
 )->dict:             # name -> `(T,3)`, hands `(T,15,3)`; names of sided points end in R or L
     "Play one row of the table, all frames at once."
     T = frames; t = np.arange(T)/30.; e = envelope(m.envelope, t/t[-1], r)
     amp, tempo = amplitude*who.amp*r.uniform(.65, 1.35), who.tempo*r.uniform(.85, 1.15)
-    c = channels(m, e, t, amp, tempo, distract, r); p, parts = trunk(c, who); legs(p, m, e, c, who, r)
-    rub, rest = swing(m, e, t, amp, tempo, r), REST_HANDS[r.choice(len(REST_HANDS), p=who.hand_habit)]
-    against = [-1., -1., -1.] if m.beat == "anti" else [-1., 1., 1.]
-    for S, side, place, way in (("L", 1., m.other, against), ("R", -1., m.hand, [1., 1., 1.])):
+    n, w = beside(m, t, r) if second and r.rand() < second else (None, None)
+    plays = [(m, e), (n, w)][:2 if n else 1]
+    c = channels(plays, t, amp, tempo, distract, r); p, parts = trunk(c, who)
+    legs(p, m._replace(legs=n.legs) if n and n.legs else m, w if n and n.legs else e, c, who, r)
+    rubs = [swing(k, v, t, amp, tempo, r) for k, v in plays]
+    rest = REST_HANDS[r.choice(len(REST_HANDS), p=who.hand_habit)]
+    for (S, (place, k, v)), side in zip(hands(m, e, n, w).items(), (1., -1.)):
         start = m.start or rest; goal = place or (start if m.hand else rest)
-        move = drift(r, T, 3)*.005 + .018*r.randn(3) + (rub*way if place else 0)
-        arm(p, parts, S, side, (PLACES[start], PLACES[goal]), e, move, m.finger if place else "loose", t, tempo, who, r)
+        way = [1., 1., 1.] if S == "R" else [-1., -1., -1.] if k.beat == "anti" else [-1., 1., 1.]
+        move = drift(r, T, 3)*.005 + .018*r.randn(3) + (rubs[k is n]*way if place else 0)
+        arm(p, parts, S, side, (PLACES[start], PLACES[goal]), v, move, k.finger if place else "loose", t, tempo, who, r)
     if m.prop == "object":
         a, b = p["handR"][:,6], p["handL"][:,6]; p |= dict(objectA=.9*a + .1*b, objectB=.9*b + .1*a)
     return p
@@ -451,7 +477,7 @@ def mirror(
     "The same figure with left and right exchanged."
     return {n[:-1] + dict(R="L", L="R").get(n[-1], n[-1]): v*[-1, 1, 1] for n, v in p.items()}
 
-# %% ../nbs/22_puppet.ipynb #22-puppet-49
+# %% ../nbs/22_puppet.ipynb #22-puppet-50
 def joints(
     p: dict, # points, in space or projected
 ):           # `(T,28,·)`

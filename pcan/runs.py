@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'RECIPE', 'SYSTEMS', 'ALPHAS', 'LAMBDAS', 'Profile', 'profile_of', 'Run', 'make', 'from_dict',
-           'data_identity', 'ensure_data', 'data_root', 'Result', 'with_fused', 'kept', 'measure', 'environment',
-           'locked', 'get', 'RunError', 'get_all', 'start', 'fill_cache', 'plan']
+           'data_identity', 'ensure_data', 'has_video', 'data_root', 'clips_of', 'Result', 'with_fused', 'kept',
+           'measure', 'environment', 'locked', 'get', 'RunError', 'get_all', 'start', 'fill_cache', 'plan', 'agreement']
 
 # %% ../nbs/71_runs.ipynb #71-runs-02
 import csv, fcntl, json, os, platform, resource, subprocess, sys, time
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from .augment import ClipSpec, prepare
-from .data import Clips, loader, manifest_sha
+from .data import Clips, loader, manifest_sha, video
 from .files import DataError, atomic, data_dir, read_json, reports_dir, root, sha256_json, write_json
 from .metrics import evaluate
 from .model import Method, best_child, fuse, pcan, poseconv3d
@@ -42,7 +42,7 @@ _thin_clip = dict(side=72, rgb_size=64, pose_size=24, rgb_frames=8, pose_frames=
 _thin_optim = dict(name="adamw", lr=3e-3, weight_decay=.03, batch=32, schedule="onecycle")
 PROFILES = {p.name: p for p in (
     Profile("smoke", "synth/smoke", THIN, ClipSpec(**(_thin_clip | dict(side=36, rgb_size=32, pose_size=12, pose_frames=8, rgb_frames=4))), Optim(**_thin_optim, epochs=1), (0,), "test"),
-    Profile("quick", "synth/quick", THIN, ClipSpec(**_thin_clip), Optim(**_thin_optim, epochs=8), (0,), "test"),
+    Profile("quick", "synth/quick", THIN, ClipSpec(**_thin_clip), Optim(**(_thin_optim | dict(batch=16)), epochs=10), (0,), "test"),
     Profile("bench", "synth/bench", THIN, ClipSpec(**_thin_clip), Optim(**_thin_optim, epochs=12), (0,1,2), "test"),
     Profile("paper", "ma52", PAPER, ClipSpec(), Optim(), (0,), "val"),
 )}
@@ -119,12 +119,25 @@ def ensure_data(
     "Make the synthetic data set of a profile if it is not there; check that real data is."
     p = profile_of(profile); folder = data_dir()/p.data
     if p.synthetic:
-        from pcan.synth import SPECS, generate
-        generate(SPECS[p.data.split("/")[1]], folder, workers=workers or os.cpu_count(), progress=progress)
+        from pcan.synth import generate
+        generate(p.data.split("/")[1], folder, workers=workers or os.cpu_count(), progress=progress, video=has_video())
     elif not folder.is_dir(): raise DataError(f"{folder}: no such folder; profile {profile} needs MA-52 there (see the README on how to get it)")
     return folder
 
+def has_video()->bool:
+    "Can this machine write and read mp4 files? Without PyAV and decord, synthetic frames are drawn when they are wanted."
+    from importlib.util import find_spec
+    return all(find_spec(m) for m in ("av", "decord"))
+
 def data_root(run:Run)->Path: return data_dir()/run.data
+
+def clips_of(run:Run, split:str, train:bool=False)->Clips:
+    "One split of a run's data, as its items."
+    source = video
+    if run.data.startswith("synth/") and not has_video():
+        from pcan.synth import drawn
+        source = drawn(run.data.split("/")[1])
+    return Clips(data_root(run), split, run.clip, train=train, seed=run.seed, source=source)
 
 # %% ../nbs/71_runs.ipynb #71-runs-14
 @dataclass
@@ -209,7 +222,7 @@ def _train(run, path, progress, workers):
     model, loss = SYSTEMS[run.system](run)
     accelerator = make_accelerator()
     env = environment(model)
-    data = {s: Clips(data_root(run), s, run.clip, train=s=="train", seed=run.seed) for s in dict.fromkeys(("train", "val", score_on))}
+    data = {s: clips_of(run, s, train=s=="train") for s in dict.fromkeys(("train", "val", score_on))}
     load = lambda s: loader(data[s], run.optim.batch, workers=workers, train=s=="train")
     inputs = lambda train: lambda batch: prepare(batch, run.clip, train)
     def score(model, accelerator, split):
@@ -227,7 +240,7 @@ def _train(run, path, progress, workers):
         metrics[split] = measure(with_fused(scores))
     seconds = sum(r["seconds"] for r in history)
     env |= dict(seconds=round(time.perf_counter()-start, 1), training_seconds=round(seconds, 1), samples_per_s=round(len(data["train"])*len(history)/seconds, 1),
-                peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024, data=data_identity(run.data), recipe=RECIPE)
+                peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024, frames="decoded" if has_video() else "drawn", data=data_identity(run.data), recipe=RECIPE)
     if torch.cuda.is_available(): env["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated()//2**20
     if accelerator.is_main_process:
         write_json(path/"environment.json", env)
@@ -280,7 +293,7 @@ def start(run:Run)->subprocess.Popen:
 
 def fill_cache(run:Run):
     "Decode what a run reads, once, before several processes want it."
-    for split in dict.fromkeys(("train", "val", profile_of(run.profile).score_on)): Clips(data_root(run), split, run.clip, train=False)
+    for split in dict.fromkeys(("train", "val", profile_of(run.profile).score_on)): clips_of(run, split)
 
 # %% ../nbs/71_runs.ipynb #71-runs-21
 ALPHAS = ((1.,1.,1.), (1.,.1,.1), (.1,1.,.5), (1.,.5,1.), (1.,.1,.5), (1.,.5,.1))   # Table 3, in the paper's order
@@ -298,3 +311,18 @@ def plan(
                 table3={", ".join(f"{a:g}" for a in al): ("pcan", dict(alpha=al)) for al in ALPHAS})
     if table not in rows: raise ValueError(f"table: found {table!r}, expected one of {', '.join(rows)}")
     return {label: [make(system, profile, s, **kw) for s in seeds] for label,(system,kw) in rows[table].items()}
+
+# %% ../nbs/71_runs.ipynb #71-runs-23
+def agreement(
+    runs:list,    # finished runs
+    other:Path,   # another store of runs, `reports/runs` of somebody else
+    metric:str="action_top1", # what is compared, of the fused streams
+)->str:           # a few lines
+    "Compare finished runs with those of the same name in another store."
+    rows = [(r, other/r.name) for r in dict.fromkeys(runs) if (other/r.name/"metrics.json").exists()]
+    if not rows: return f"nothing to compare with in {other}"
+    lines = []
+    for r,path in rows:
+        a,b = (x.metrics[profile_of(r.profile).score_on]["fused"][metric] for x in (Result(r, r.path), Result(r, path)))
+        lines.append(f"{r.name:<32} {metric} here {a:7.2%}, there {b:7.2%}" + (", equal" if a==b else f", {100*(a-b):+.2f} points"))
+    return "\n".join(lines)

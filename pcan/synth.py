@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['VERSION', 'SPLITS', 'SPECS', 'MARKS', 'SynthSpec', 'get_spec', 'shares', 'labels', 'detect', 'cast', 'clip_name',
            'SynthClip', 'camera', 'clip', 'contact_sheet', 'track_features', 'linear_probe', 'list_texts',
-           'manifest_of', 'make_clip', 'one_thread', 'spread', 'complete', 'generate', 'summary']
+           'manifest_of', 'make_clip', 'one_thread', 'spread', 'complete', 'generate', 'drawn', 'summary']
 
 # %% ../nbs/21_synth.ipynb #21-synth-02
 import json, pickle
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -38,11 +38,12 @@ class SynthSpec:
     floor: float = .006                 # least share of a class
     frames: int = 48                    # of a clip, 30 a second
     size: tuple = (260, 216)            # frame height, width in pixels (MA-52: 1296, 1080)
-    amplitude: float = .9               # size of every swing and turn
-    jitter: float = .018                # keypoint noise, metres on the figure
+    amplitude: float = .95              # size of every swing and turn
+    jitter: float = .022                # keypoint noise, metres on the figure
     drop: float = .03                   # share of joints the detector misses
     label_noise: float = .03            # train clips that show another action of their body part
     distract: float = .5                # chance of a second, small movement
+    second: float = .2                  # chance that another action is played too, where the body is free
     grain: float = 2.                   # sensor noise of the frames, grey levels
 
     def __post_init__(self):
@@ -55,7 +56,7 @@ class SynthSpec:
 # %% ../nbs/21_synth.ipynb #21-synth-07
 SPECS = {s.name: s for s in (
     SynthSpec("smoke", (156, 52, 104), subjects=20, tail=0., floor=0., frames=24, size=(130, 108)),
-    SynthSpec("quick", (700, 150, 400)),
+    SynthSpec("quick", (700, 150, 400), amplitude=1.1, jitter=.015, second=0.),   # a third of the clips, so an easier world
     SynthSpec("bench", (2000, 600, 1500)))}
 
 def get_spec(
@@ -159,7 +160,7 @@ def clip(
     spec = get_spec(spec); have = dict(zip(SPLITS, spec.counts))
     if not 0 <= i < have.get(split, 0): raise IndexError(f"no {split} clip {i} in {spec.name}; it has {have}")
     s, session, label, motion, r = cast(spec, split, i)
-    who, m = subject(spec.seed, s), MOTIONS[motion]; p = act(m, who, r, spec.frames, spec.amplitude, spec.distract)
+    who, m = subject(spec.seed, s), MOTIONS[motion]; p = act(m, who, r, spec.frames, spec.amplitude, spec.distract, spec.second)
     if r.rand() > who.right: p = mirror(p)
     cam = camera(spec, s, session, r); p = {n: cam(x) for n, x in p.items()}
     truth = joints(p)[...,:2]; keypoint, score = detect(truth, spec, cam.scale, r)
@@ -202,12 +203,13 @@ def linear_probe(
     train: int = 2000, # clips to fit on
     test: int = 600,   # val clips to score on
 )->float:              # action top-1 on val
-    "Logistic regression on noise-free joint tracks of rightly labelled clips, and of their mirror images."
+    "Logistic regression on noise-free joint tracks of rightly labelled clips without a second action, and of their mirror images."
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
     def data(split, n):
         n = min(n, get_spec(spec).counts[SPLITS.index(split)])
-        rows = [(c.truth, c.label) for c in (clip(spec, split, i, frames=False) for i in range(n)) if c.motion == c.label]
+        alone = replace(get_spec(spec), second=0.)
+        rows = [(c.truth, c.label) for c in (clip(alone, split, i, frames=False) for i in range(n)) if c.motion == c.label]
         x = [track_features(x) for x, _ in rows] + [track_features(x[:,flip_order(FLIP_PAIRS)]*[-1, 1]) for x, _ in rows]
         return np.array(x, np.float32), np.array([y for _, y in rows]*2)
     (x, y), (u, v) = data("train", train), data("val", test); half, scale = len(v)//2, StandardScaler().fit(x)
@@ -239,12 +241,12 @@ def manifest_of(
 
 # %% ../nbs/21_synth.ipynb #21-synth-37
 def make_clip(
-    job, # spec, root, split, number
+    job, # spec, root, split, number, write a video?
 ):       # name, label to publish, keypoint, score
-    "Write one video unless it is there."
-    spec, root, split, i = job; s, session, *_ = cast(spec, split, i)
+    "Write one video, if wanted, unless it is there."
+    spec, root, split, i, video = job; s, session, *_ = cast(spec, split, i)
     path = Path(root)/"raw_videos"/split/f"{clip_name(split, s, session, i)}.mp4"
-    c = clip(spec, split, i, frames=not path.exists())
+    c = clip(spec, split, i, frames=video and not path.exists())
     if c.frames is not None: write_mp4(path, c.frames)
     return c.name, 0 if split == "test" else c.label, c.keypoint, c.score
 
@@ -258,12 +260,12 @@ def spread(
     workers, # processes; 1: this one
     bar="",  # name of the progress bar; empty: none
 ):           # results, in the order of the jobs
-    "Map over fresh processes."
+    "Map over processes."
     import multiprocessing as mp
     from tqdm import tqdm
     show = lambda results: tqdm(results, total=len(jobs), desc=bar, disable=not bar, mininterval=1)
     if workers <= 1: yield from show(map(f, jobs)); return
-    with mp.get_context("spawn").Pool(workers, one_thread) as pool: yield from show(pool.imap(f, jobs, chunksize=4))
+    with mp.get_context("fork").Pool(workers, one_thread) as pool: yield from show(pool.imap(f, jobs, chunksize=4))
 
 # %% ../nbs/21_synth.ipynb #21-synth-38
 MARKS = "manifest.json", "manifest.partial.json"   # finished, begun
@@ -271,6 +273,7 @@ MARKS = "manifest.json", "manifest.partial.json"   # finished, begun
 def complete(
     spec: SynthSpec, # what is wanted
     root: Path,      # where
+    video: bool=True, # are videos part of it
 )->bool:
     "Is the data set there, whole? A `DataError` when the folder holds something else."
     want, marks = manifest_of(spec), [root/m for m in MARKS if (root/m).exists()]
@@ -282,7 +285,7 @@ def complete(
                             f"expected {want['sha256'][:12]}, version {want['version']}. Delete that folder or give another root")
     videos = lambda s: {line.split()[0] for line in list_texts(spec)[f"{s}_list_videos.txt"].splitlines()}
     return marks[:1] == [root/MARKS[0]] and all((root/f).exists() for f in read_json(marks[0])["files"]) and \
-        all(videos(s) <= {p.name for p in (root/"raw_videos"/s).glob("*.mp4")} for s in SPLITS)
+        (not video or all(videos(s) <= {p.name for p in (root/"raw_videos"/s).glob("*.mp4")} for s in SPLITS))
 
 # %% ../nbs/21_synth.ipynb #21-synth-39
 def generate(
@@ -290,14 +293,15 @@ def generate(
     root=None,           # folder; data/synth/<name> by default
     workers: int=2,      # processes, one thread each
     progress: bool=True, # show a bar
+    video: bool=True,    # False: lists and keypoints only, for a machine without an encoder; `drawn` gives the frames
 )->dict:                 # the manifest
     "Write a data set in MA-52's files; goes on where it stopped. A `DataError` when the folder holds something else."
     spec = get_spec(spec); root = Path(root) if root else data_dir()/"synth"/spec.name
-    if complete(spec, root): return read_json(root/MARKS[0])
+    if complete(spec, root, video): return read_json(root/MARKS[0])
     write_json(root/MARKS[1], manifest_of(spec))
     for name, text in list_texts(spec).items():
         with atomic(root/"annotations"/name) as f: f.write(text.encode())
-    jobs = [(spec, str(root), split, i) for split, n in zip(SPLITS, spec.counts) for i in range(n)]
+    jobs = [(spec, str(root), split, i, video) for split, n in zip(SPLITS, spec.counts) for i in range(n)]
     shape = dict(img_shape=spec.size, original_shape=spec.size, total_frames=spec.frames)
     plain = lambda x: np.frombuffer(x.tobytes(), np.float32).reshape(1, *x.shape).copy()   # same bytes from any process
     rows = [dict(frame_dir=name, label=y, **shape, keypoint=plain(x), keypoint_score=plain(score))
@@ -310,7 +314,19 @@ def generate(
     write_json(root/MARKS[0], done); (root/MARKS[1]).unlink()
     return done
 
-# %% ../nbs/21_synth.ipynb #21-synth-45
+# %% ../nbs/21_synth.ipynb #21-synth-43
+def drawn(
+    spec, # a `SynthSpec` or the name of one
+):        # `source(clip, frames=None) -> (T,H,W,3)`, in the place of `pcan.data.video`
+    "Frames of a data set's clips, painted instead of decoded."
+    spec = get_spec(spec)
+    at = {clip_name(split, s, session, i): (split, i) for split, n in zip(SPLITS, spec.counts) for i in range(n) for s, session, *_ in [cast(spec, split, i)]}
+    def source(c, frames=None):
+        x = clip(spec, *at[c.name]).frames
+        return x if frames is None else x[frames]
+    return source
+
+# %% ../nbs/21_synth.ipynb #21-synth-48
 def summary(
     spec,   # a `SynthSpec`, the name of one, or the folder (`Path`) of a data set
 )->dict:    # split -> dict of counts and shares

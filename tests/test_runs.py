@@ -54,3 +54,12 @@ def test_broken_result_is_named(store):
     for n in ("config", "environment"): write_json(run.path/f"{n}.json", {})
     (run.path/"metrics.json").write_text('{"test": ')
     with pytest.raises(ValueError, match="metrics.json"): runs.get(run)
+
+def test_a_machine_without_video_libraries_trains_the_same(store, monkeypatch, tmp_path):
+    "Frames that are drawn instead of decoded: the same run, up to what mp4 compression changes."
+    monkeypatch.setenv("PCAN_ROOT", str(tmp_path))
+    monkeypatch.setattr(runs, "has_video", lambda: False)
+    run = short()
+    result = runs.get(run, progress=False)
+    assert not list((tmp_path/"data"/"synth"/"smoke").rglob("*.mp4"))
+    assert len(result.scores("test")["y_a"]) == 104 and np.isfinite(result.metrics["test"]["fused"]["f1_mean"])

@@ -11,15 +11,15 @@ from pcan.tree import MA52
 
 TINY = SynthSpec("tiny", (8, 3, 4), subjects=8, frames=12, size=(66, 54))
 PIN = SynthSpec("pin", (104, 20, 40), seed=3, subjects=20, split="subject", tail=0., floor=0., frames=24, size=(130, 108), amplitude=1.,
-                jitter=.02, drop=.03, label_noise=.03, distract=.5, grain=2.)   # every knob said: tuning the rows of SPECS moves nothing here
-PINNED = {1: ("961c7186ee7f5ea4e9087ee25e0c99b5e2516c4833f7ac14cc7d54908aa8d5fa", {
-    ("train", 0): [64.33, -0.185, -4.089, 74.553],
-    ("train", 9): [58.298, -0.445, -6.309, 79.035],
-    ("train", 50): [59.147, -0.993, -2.687, 76.457],
-    ("val", 4): [61.018, -0.535, 5.142, 77.4],
-    ("val", 11): [60.948, -0.297, -0.436, 76.633],
-    ("test", 3): [62.24, 0.566, 1.591, 77.106],
-    ("test", 27): [61.272, -0.006, 2.032, 79.237]})}
+                jitter=.02, drop=.03, label_noise=.03, distract=.5, second=.5, grain=2.)   # every knob said: tuning the rows of SPECS moves nothing here
+PINNED = {1: ("e5f9e71a5de61db3731b261cca7b259f573cdc827c167b1cc0ec3f3cbb5e3267", {
+    ("train", 0): [64.374, 0.088, 0.118, 76.138],
+    ("train", 9): [58.152, 0.004, 0.275, 76.119],
+    ("train", 50): [55.654, -1.083, 0.33, 81.453],
+    ("val", 4): [60.622, -0.675, -6.868, 79.416],
+    ("val", 11): [60.88, -0.321, 2.626, 75.665],
+    ("test", 3): [61.152, -0.482, -3.539, 77.76],
+    ("test", 27): [60.889, -0.014, -0.694, 76.34]})}
 
 
 def fingerprint(c):
