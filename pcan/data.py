@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from torch.utils.data import DataLoader, Dataset, Sampler
 from .augment import ClipSpec, compact_box, crop, random_box, resize, sample_uniform, to_box
-from .files import DataError, data_dir, load_pickle, read_json, sha256_file, sha256_json, write_json
+from .files import DataError, data_dir, load_pickle, pool, read_json, sha256_file, sha256_json, write_json
 from .skeleton import V
 from .tree import MA52
 
@@ -282,14 +282,13 @@ def _blank(part, plan, total): # an empty cache, nothing done
 
 # %% ../nbs/11_data.ipynb #11-data-40
 def _run_all(f, jobs, workers=None, name=None): # results of f over jobs, in order, over forked processes
-    import multiprocessing as mp
     workers = min(len(os.sched_getaffinity(0)), 8) if workers is None else workers
     bar = lambda it: it
     if name:
         from tqdm import tqdm
         bar = lambda it: tqdm(it, total=len(jobs), desc=name, mininterval=1, disable=None)   # only on a terminal
     if workers<2 or len(jobs)<2: return [f(j) for j in bar(jobs)]
-    with mp.get_context("fork").Pool(min(workers, len(jobs))) as pool: return list(bar(pool.imap(f, jobs, chunksize=4)))
+    with pool(min(workers, len(jobs))) as p: return list(bar(p.imap(f, jobs, chunksize=4)))
 
 # %% ../nbs/11_data.ipynb #11-data-45
 def _rng(*key): return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(key)))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DataError', 'root', 'data_dir', 'reports_dir', 'atomic', 'write_json', 'read_json', 'sha256_file', 'sha256_json',
-           'load_pickle']
+           'pool', 'load_pickle']
 
 # %% ../nbs/00_files.ipynb #00-files-02
 import hashlib, json, os, pickle, tempfile
@@ -82,6 +82,19 @@ def sha256_json(obj)->str: # 64 hex digits
     return hashlib.sha256(json.dumps(obj, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()
 
 # %% ../nbs/00_files.ipynb #00-files-19
+@contextmanager
+def pool(
+    workers:int,      # processes
+    initializer=None, # called at the start of each
+): # a `multiprocessing` pool
+    "Forked processes that never finalise what they inherited."
+    import gc, multiprocessing as mp
+    gc.collect(); gc.freeze()
+    try: made = mp.get_context("fork").Pool(workers, initializer)
+    finally: gc.unfreeze()
+    with made: yield made
+
+# %% ../nbs/00_files.ipynb #00-files-22
 _ALLOWED = {(m, n) for m in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
             for n in ("dtype", "ndarray", "_reconstruct", "scalar", "_frombuffer")} | {("builtins", n) for n in ("set", "frozenset", "slice", "complex", "bytearray")} \
          | {("collections", "OrderedDict"), ("_codecs", "encode")}

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .files import DataError, atomic, data_dir, read_json, sha256_file, sha256_json, write_json
+from .files import DataError, atomic, data_dir, pool, read_json, sha256_file, sha256_json, write_json
 from .puppet import MOTIONS, act, drift, joints, mirror, rng_of, subject
 from .render import Camera, look, paint, write_mp4
 from .skeleton import FLIP_PAIRS, flip_order
@@ -216,7 +216,7 @@ def linear_probe(
     fit = LogisticRegression(C=.02, max_iter=200, tol=1e-3).fit(scale.transform(x), y)
     return float((fit.predict(scale.transform(u[:half])) == v[:half]).mean())
 
-# %% ../nbs/21_synth.ipynb #21-synth-32
+# %% ../nbs/21_synth.ipynb #21-synth-35
 @lru_cache(maxsize=8)
 def list_texts(
     spec: SynthSpec, # which set
@@ -230,7 +230,7 @@ def list_texts(
         out[f"{split}_list_videos.txt"] = text([(name, 0) for name, _ in rows] if split == "test" else rows)
     return out
 
-# %% ../nbs/21_synth.ipynb #21-synth-34
+# %% ../nbs/21_synth.ipynb #21-synth-37
 def manifest_of(
     spec, # a `SynthSpec` or the name of one
 )->dict:  # sha256, version, seed, counts, spec
@@ -239,7 +239,7 @@ def manifest_of(
     sha256 = sha256_json(dict(version=VERSION, spec=knobs, lists=list_texts(spec)))
     return dict(sha256=sha256, version=VERSION, seed=spec.seed, counts=dict(zip(SPLITS, spec.counts)), spec=knobs)
 
-# %% ../nbs/21_synth.ipynb #21-synth-37
+# %% ../nbs/21_synth.ipynb #21-synth-40
 def make_clip(
     job, # spec, root, split, number, write a video?
 ):       # name, label to publish, keypoint, score
@@ -261,13 +261,12 @@ def spread(
     bar="",  # name of the progress bar; empty: none
 ):           # results, in the order of the jobs
     "Map over processes."
-    import multiprocessing as mp
     from tqdm import tqdm
     show = lambda results: tqdm(results, total=len(jobs), desc=bar, disable=not bar, mininterval=1)
     if workers <= 1: yield from show(map(f, jobs)); return
-    with mp.get_context("fork").Pool(workers, one_thread) as pool: yield from show(pool.imap(f, jobs, chunksize=4))
+    with pool(workers, one_thread) as p: yield from show(p.imap(f, jobs, chunksize=4))
 
-# %% ../nbs/21_synth.ipynb #21-synth-38
+# %% ../nbs/21_synth.ipynb #21-synth-41
 MARKS = "manifest.json", "manifest.partial.json"   # finished, begun
 
 def complete(
@@ -287,7 +286,7 @@ def complete(
     return marks[:1] == [root/MARKS[0]] and all((root/f).exists() for f in read_json(marks[0])["files"]) and \
         (not video or all(videos(s) <= {p.name for p in (root/"raw_videos"/s).glob("*.mp4")} for s in SPLITS))
 
-# %% ../nbs/21_synth.ipynb #21-synth-39
+# %% ../nbs/21_synth.ipynb #21-synth-42
 def generate(
     spec,                # a `SynthSpec` or the name of one
     root=None,           # folder; data/synth/<name> by default
@@ -314,7 +313,7 @@ def generate(
     write_json(root/MARKS[0], done); (root/MARKS[1]).unlink()
     return done
 
-# %% ../nbs/21_synth.ipynb #21-synth-43
+# %% ../nbs/21_synth.ipynb #21-synth-46
 def drawn(
     spec, # a `SynthSpec` or the name of one
 ):        # `source(clip, frames=None) -> (T,H,W,3)`, in the place of `pcan.data.video`
@@ -326,7 +325,7 @@ def drawn(
         return x if frames is None else x[frames]
     return source
 
-# %% ../nbs/21_synth.ipynb #21-synth-48
+# %% ../nbs/21_synth.ipynb #21-synth-51
 def summary(
     spec,   # a `SynthSpec`, the name of one, or the folder (`Path`) of a data set
 )->dict:    # split -> dict of counts and shares
