@@ -276,7 +276,7 @@ def get_all(
                 if p.poll() is None: continue
                 del running[r]
                 if p.returncode: failed[r] = (r.path/"log.txt").read_text(errors="replace")[-1500:]
-            bar.n = sum(map(epochs, missing)); bar.refresh()
+            bar.update(sum(map(epochs, missing)) - bar.n)
     finally:
         for p in running.values(): p.terminate()
         bar.close()
