@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Optim', 'lr_at', 'make_optimizer', 'seed_epoch', 'train_epoch', 'save_checkpoint', 'load_checkpoint', 'predict',
-           'write_csv', 'fit', 'set_epoch', 'make_accelerator']
+           'set_epoch', 'make_accelerator', 'write_csv', 'fit']
 
 # %% ../nbs/70_train.ipynb #70-train-02
 import json, math, time
@@ -142,6 +142,16 @@ def predict(
     return {k: (v[order].half() if v.is_floating_point() else v[order]).numpy() for k,v in out.items()}
 
 # %% ../nbs/70_train.ipynb #70-train-20
+def set_epoch(loader, epoch:int):
+    "Tell data set and sampler which epoch begins."
+    for x in (loader, getattr(loader, "dataset", None), getattr(loader, "sampler", None)):
+        if hasattr(x, "set_epoch"): x.set_epoch(epoch)
+
+def make_accelerator(): # an `accelerate.Accelerator`
+    "Where to train: a GPU in bfloat16 if there is one, else this CPU in float32."
+    from accelerate import Accelerator
+    return Accelerator(mixed_precision="bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no")
+
 def write_csv(
     path:Path,  # file
     rows:list,  # dicts; columns in order of first appearance
@@ -152,6 +162,7 @@ def write_csv(
         w = csv.DictWriter(f, list(dict.fromkeys(k for r in rows for k in r)), lineterminator="\n")
         w.writeheader(); w.writerows(rows)
 
+# %% ../nbs/70_train.ipynb #70-train-21
 def fit(
     model, loss_fn,
     loader,            # training batches; `loader.set_epoch(e)` or `loader.dataset.set_epoch(e)` is called when there is one
@@ -189,13 +200,3 @@ def fit(
         if stop_after is not None: stop_after -= 1
     bar.close()
     return history
-
-def set_epoch(loader, epoch:int):
-    "Tell data set and sampler which epoch begins."
-    for x in (loader, getattr(loader, "dataset", None), getattr(loader, "sampler", None)):
-        if hasattr(x, "set_epoch"): x.set_epoch(epoch)
-
-def make_accelerator(): # an `accelerate.Accelerator`
-    "Where to train: a GPU in bfloat16 if there is one, else this CPU in float32."
-    from accelerate import Accelerator
-    return Accelerator(mixed_precision="bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no")
