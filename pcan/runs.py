@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PROFILES', 'RECIPE', 'SYSTEMS', 'ALPHAS', 'LAMBDAS', 'Profile', 'profile_of', 'Run', 'make', 'from_dict',
            'data_identity', 'ensure_data', 'has_video', 'data_root', 'clips_of', 'Result', 'with_fused', 'kept',
-           'measure', 'environment', 'locked', 'get', 'RunError', 'get_all', 'start', 'fill_cache', 'plan', 'agreement']
+           'measure', 'environment', 'locked', 'get', 'score', 'train', 'cost', 'start', 'fill_cache', 'epochs_done',
+           'RunError', 'get_all', 'plan', 'agreement']
 
 # %% ../nbs/71_runs.ipynb #71-runs-02
 import csv, fcntl, json, os, platform, resource, subprocess, sys, time
@@ -211,45 +212,81 @@ def get(
     if (path/"metrics.json").exists(): return Result(run, path)
     ensure_data(run.profile, progress=progress)
     with locked(path):
-        if not (path/"metrics.json").exists(): _train(run, path, progress, workers)
+        if not (path/"metrics.json").exists(): train(run, path, progress, workers)
     return Result(run, path)
 
-def _train(run, path, progress, workers):
-    start, score_on = time.perf_counter(), profile_of(run.profile).score_on
+# %% ../nbs/71_runs.ipynb #71-runs-19
+def score(
+    run:Run, model, accelerator,
+    clips:Clips,    # what to score
+    workers:int=0,  # data-loading processes
+)->dict:            # what `Result.scores` keeps
+    "A model's probabilities for every clip of a split."
+    batches = accelerator.prepare(loader(clips, run.optim.batch, workers=workers, train=False))
+    s = predict(model, batches, accelerator, lambda b: prepare(b, run.clip, False), lambda out: kept(out, run.clip.clips_test))
+    y, names = s.pop("label"), np.array([clips.clips[i].name for i in s.pop("index")])
+    return dict(name=names, y_a=y, y_b=MA52.parent[y].numpy()) | s
+
+# %% ../nbs/71_runs.ipynb #71-runs-21
+def train(
+    run:Run,
+    path:Path,           # the run's folder
+    progress:bool=True,
+    workers:int=0,
+):
+    "Train a run, or go on with it, and write its folder."
+    started, score_on = time.perf_counter(), profile_of(run.profile).score_on
     write_json(path/"config.json", asdict(run))
     if not torch.cuda.is_available(): torch.set_num_threads(1)   # sums in the same order whatever the machine; runs go side by side instead
     seed_epoch(run.seed, -1)
     model, loss = SYSTEMS[run.system](run)
-    accelerator = make_accelerator()
-    env = environment(model)
+    accelerator, env = make_accelerator(), environment(model)
     data = {s: clips_of(run, s, train=s=="train") for s in dict.fromkeys(("train", "val", score_on))}
-    load = lambda s: loader(data[s], run.optim.batch, workers=workers, train=s=="train")
-    inputs = lambda train: lambda batch: prepare(batch, run.clip, train)
-    def score(model, accelerator, split):
-        s = predict(model, accelerator.prepare(load(split)), accelerator, inputs(False), lambda out: kept(out, run.clip.clips_test))
-        y, names = s.pop("label"), np.array([data[split].clips[i].name for i in s.pop("index")])
-        return dict(name=names, y_a=y, y_b=MA52.parent[y].numpy()) | s
-    def validate(model, accelerator):
-        m = measure(with_fused(score(model, accelerator, "val")))
+    scores = lambda net, acc, split: score(run, net, acc, data[split], workers)
+    def validate(net, acc):
+        m = measure(with_fused(scores(net, acc, "val")))
         return {f"val/{s}/{k}": round(v[k], 6) for s,v in m.items() for k in ("action_top1", "body_top1", "f1_mean")}
-    history = fit(model, loss, load("train"), inputs(True), run.optim, path, run.seed, validate, accelerator, progress)
-    metrics = {}
+    batches = loader(data["train"], run.optim.batch, workers=workers)
+    history = fit(model, loss, batches, lambda b: prepare(b, run.clip, True), run.optim, path, run.seed, validate, accelerator, progress)
+    metrics, net = {}, accelerator.prepare(model)
     for split in dict.fromkeys(("val", score_on)):
-        scores = score(accelerator.prepare(model), accelerator, split)
-        with atomic(path/f"scores_{split}.npz") as f: np.savez_compressed(f, **scores)
-        metrics[split] = measure(with_fused(scores))
-    seconds = sum(r["seconds"] for r in history)
-    env |= dict(seconds=round(time.perf_counter()-start, 1), training_seconds=round(seconds, 1), samples_per_s=round(len(data["train"])*len(history)/seconds, 1),
-                peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024, frames="decoded" if has_video() else "drawn", data=data_identity(run.data), recipe=RECIPE)
-    if torch.cuda.is_available(): env["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated()//2**20
+        s = scores(net, accelerator, split)
+        with atomic(path/f"scores_{split}.npz") as f: np.savez_compressed(f, **s)
+        metrics[split] = measure(with_fused(s))
     if accelerator.is_main_process:
-        write_json(path/"environment.json", env)
+        write_json(path/"environment.json", env | cost(run, history, len(data["train"]), started))
         write_json(path/"metrics.json", metrics)
         (path/"checkpoint.safetensors").replace(path/"model.safetensors")
 
-# %% ../nbs/71_runs.ipynb #71-runs-19
+def cost(run:Run, history:list, clips:int, started:float)->dict:
+    "What a run took."
+    seconds = sum(r["seconds"] for r in history)
+    out = dict(seconds=round(time.perf_counter()-started, 1), training_seconds=round(seconds, 1), samples_per_s=round(clips*len(history)/seconds, 1),
+               peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024, frames="decoded" if has_video() else "drawn",
+               data=data_identity(run.data), recipe=RECIPE)
+    return out | (dict(peak_gpu_memory_mb=torch.cuda.max_memory_allocated()//2**20) if torch.cuda.is_available() else {})
+
+# %% ../nbs/71_runs.ipynb #71-runs-23
 _CPU = dict(OMP_NUM_THREADS="1", MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="100000000000", MALLOC_TOP_PAD_="268435456")
 
+def start(run:Run)->subprocess.Popen:
+    "Start a run in a process of its own; its output goes to `log.txt` in its folder."
+    run.path.mkdir(parents=True, exist_ok=True)
+    write_json(run.path/"config.json", asdict(run))
+    env = os.environ | {"PCAN_ROOT": str(root())} | ({} if torch.cuda.is_available() else _CPU)
+    with open(run.path/"log.txt", "w") as log:
+        return subprocess.Popen([sys.executable, "-m", "pcan.cli", "train", "--config", str(run.path/"config.json")], stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=env)
+
+def fill_cache(run:Run):
+    "Decode what a run reads, once, before several processes want it."
+    for split in dict.fromkeys(("train", "val", profile_of(run.profile).score_on)): clips_of(run, split)
+
+def epochs_done(run:Run)->int:
+    "Finished epochs of a run that may still be going."
+    history = run.path/"history.csv"
+    return max(0, len(history.read_text().splitlines())-1) if history.exists() else 0
+
+# %% ../nbs/71_runs.ipynb #71-runs-24
 class RunError(RuntimeError):
     "Some runs failed; the message ends with the end of their logs."
 
@@ -264,7 +301,6 @@ def get_all(
     for profile,workers in {r.profile: None for r in missing}.items(): ensure_data(profile, progress=progress)
     for r in {(r.data, r.clip): r for r in missing}.values(): fill_cache(r)
     jobs = jobs or (1 if torch.cuda.is_available() else os.cpu_count())
-    epochs = lambda r: max(0, len((r.path/"history.csv").read_text().splitlines())-1) if (r.path/"history.csv").exists() else 0
     bar = tqdm(total=sum(r.optim.epochs for r in missing), desc=f"{len(missing)} runs", unit="epoch", disable=not(progress and missing))
     waiting, running, failed = list(missing), {}, {}
     try:
@@ -276,26 +312,14 @@ def get_all(
                 if p.poll() is None: continue
                 del running[r]
                 if p.returncode: failed[r] = (r.path/"log.txt").read_text(errors="replace")[-1500:]
-            bar.update(sum(map(epochs, missing)) - bar.n)
+            bar.update(sum(map(epochs_done, missing)) - bar.n)
     finally:
         for p in running.values(): p.terminate()
         bar.close()
     if failed: raise RunError(f"{len(failed)} of {len(missing)} runs failed; the others are kept.\n" + "\n".join(f"--- {r.name} ({r.path}/log.txt)\n{log}" for r,log in failed.items()))
     return [get(r) for r in runs]
 
-def start(run:Run)->subprocess.Popen:
-    "Start a run in a process of its own; its output goes to `log.txt` in its folder."
-    run.path.mkdir(parents=True, exist_ok=True)
-    write_json(run.path/"config.json", asdict(run))
-    env = os.environ | {"PCAN_ROOT": str(root())} | ({} if torch.cuda.is_available() else _CPU)
-    with open(run.path/"log.txt", "w") as log:
-        return subprocess.Popen([sys.executable, "-m", "pcan.cli", "train", "--config", str(run.path/"config.json")], stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=env)
-
-def fill_cache(run:Run):
-    "Decode what a run reads, once, before several processes want it."
-    for split in dict.fromkeys(("train", "val", profile_of(run.profile).score_on)): clips_of(run, split)
-
-# %% ../nbs/71_runs.ipynb #71-runs-21
+# %% ../nbs/71_runs.ipynb #71-runs-26
 ALPHAS = ((1.,1.,1.), (1.,.1,.1), (.1,1.,.5), (1.,.5,1.), (1.,.1,.5), (1.,.5,.1))   # Table 3, in the paper's order
 LAMBDAS = (0., .1, 10., 1.)                                                        # Table 2, in the paper's order
 
@@ -312,7 +336,7 @@ def plan(
     if table not in rows: raise ValueError(f"table: found {table!r}, expected one of {', '.join(rows)}")
     return {label: [make(system, profile, s, **kw) for s in seeds] for label,(system,kw) in rows[table].items()}
 
-# %% ../nbs/71_runs.ipynb #71-runs-23
+# %% ../nbs/71_runs.ipynb #71-runs-28
 def agreement(
     runs:list,    # finished runs
     other:Path,   # another store of runs, `reports/runs` of somebody else
