@@ -15,7 +15,7 @@ def _command(f):
     "Run `f(args)`; what the user can mend ends with one line and status 2."
     def main(argv=None):
         try: return f(argv) or 0
-        except (DataError, ValueError) as e: print(f"{f.__name__}: {e}", file=sys.stderr)
+        except (DataError, ValueError) as e: print(f"pcan_{f.__name__}: {e}", file=sys.stderr)
         return 2
     main.__name__, main.__doc__ = f.__name__, f.__doc__
     return main
