@@ -7,7 +7,6 @@ __all__ = ['visible', 'move_links', 'readme', 'write_readme']
 
 # %% ../nbs/75_docs.ipynb #75-docs-02
 import re
-from pathlib import Path
 from .files import atomic, root
 
 # %% ../nbs/75_docs.ipynb #75-docs-05

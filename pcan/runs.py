@@ -9,9 +9,9 @@ __all__ = ['PROFILES', 'RECIPE', 'SYSTEMS', 'ALPHAS', 'LAMBDAS', 'Profile', 'pro
            'RunError', 'get_all', 'plan', 'agreement']
 
 # %% ../nbs/71_runs.ipynb #71-runs-02
-import csv, fcntl, json, os, platform, resource, subprocess, sys, time
+import csv, fcntl, os, platform, resource, subprocess, sys, time
 from contextlib import contextmanager
-from dataclasses import dataclass, asdict, field, fields, is_dataclass, replace
+from dataclasses import dataclass, asdict, fields, is_dataclass
 from pathlib import Path
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from .files import DataError, atomic, data_dir, read_json, reports_dir, root, sh
 from .metrics import evaluate
 from .model import Method, best_child, fuse, pcan, poseconv3d
 from .rgbpose import PAPER, THIN, Sizes, RGBPoseConv3D
-from .train import Optim, fit, make_accelerator, predict, seed_epoch, set_epoch
+from .train import Optim, fit, make_accelerator, predict, seed_epoch
 from .tree import MA52
 
 # %% ../nbs/71_runs.ipynb #71-runs-05
@@ -181,17 +181,17 @@ def measure(scores:dict)->dict: # {stream: {metric: value}}
 def environment(model)->dict:
     "Where and with what a run was made."
     git = lambda *a: subprocess.run(["git", *a], cwd=root(), capture_output=True, text=True).stdout.strip()
-    import accelerate, cv2, importlib.metadata as im
+    import accelerate, cv2
     gpu = torch.cuda.is_available()
-    return dict(pcan=im.version("pcan") if _installed("pcan") else "source", commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain", "--untracked-files=no", "--", "pcan", "nbs")),
+    return dict(pcan=_version("pcan"), commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain", "--untracked-files=no", "--", "pcan", "nbs")),
                 python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, accelerate=accelerate.__version__, opencv=cv2.__version__,
                 device=torch.cuda.get_device_name() if gpu else f"CPU, {platform.machine()}", threads=torch.get_num_threads(), processes=int(os.environ.get("WORLD_SIZE", 1)),
                 parameters=sum(p.numel() for p in model.parameters()), started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
-def _installed(name):
-    import importlib.metadata as im
-    try: return bool(im.version(name))
-    except im.PackageNotFoundError: return False
+def _version(name):
+    from importlib.metadata import PackageNotFoundError, version
+    try: return version(name)
+    except PackageNotFoundError: return "source"
 
 @contextmanager
 def locked(path:Path):

@@ -1,5 +1,4 @@
 "What stands in reports/ is what its runs say: names, metrics and tables can be made again from the kept scores."
-import json
 from pathlib import Path
 import pytest
 from pcan import runs

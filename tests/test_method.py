@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from pcan.ambiguity import ambiguous_sets, one_hot, shares
 from pcan.losses import calibration_loss, diversity_loss, hierarchical_loss
-from pcan.model import CELoss, Method, PCANHead, Scores, best_child, fuse, pcan, poseconv3d, pool, rectify, stream_terms
-from pcan.prototypes import Prototypes, class_means, cosine, unit
+from pcan.model import CELoss, Method, Scores, best_child, fuse, pcan, poseconv3d, pool, rectify, stream_terms
+from pcan.prototypes import Prototypes, cosine, unit
 from pcan.tree import MA52
 
 GOLDEN = Path(__file__).parent/"golden"

@@ -1,6 +1,6 @@
 "The store of runs: trained once, resumed to the same end, failures reported."
-import json, os, signal, subprocess, sys, time
-from dataclasses import asdict, replace
+import signal, time
+from dataclasses import replace
 import numpy as np, pytest
 from pcan import runs
 from pcan.files import write_json
