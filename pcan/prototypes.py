@@ -46,7 +46,7 @@ class SumOverProcesses(torch.autograd.Function):
 
 def class_means(
     F:torch.Tensor,    # `(B,C)` features
-    mask:torch.Tensor, # `(B,K)` true where sample b counts for class k
+    mask:torch.Tensor, # `(B,K)` true where sample b counts for class k, or its weight there
 )->tuple:              # `(K,C)` mean features (0 for an empty class), `(K,1)` counts; over all processes
     "Mean feature per class over the samples of a mask."
     with no_autocast(F):
@@ -54,7 +54,7 @@ def class_means(
         sums = torch.cat([m.T @ F.float(), m.sum(0)[:,None]], 1)      # (K,C+1)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size()>1: sums = SumOverProcesses.apply(sums)
     s, n = sums[:,:-1], sums[:,-1:].detach()
-    return s/n.clamp(min=1), n
+    return s/n.clamp(min=1e-6), n
 
 # %% ../nbs/31_prototypes.ipynb #31-prototypes-15
 class Prototypes(nn.Module):

@@ -75,6 +75,7 @@ def train_epoch(
     sums, n, steps = {}, 0, len(loader)
     for i,batch in enumerate(loader):
         for g in optimizer.param_groups: g["lr"] = lr_at(o, epoch*steps+i, steps)
+        if hasattr(loss_fn, "progress"): loss_fn.progress = (epoch*steps+i)/(o.epochs*steps)
         with accelerator.autocast(): outputs = model(*prepare(batch))
         loss, terms = loss_fn(outputs, batch["label"])
         accelerator.backward(loss)
@@ -170,7 +171,8 @@ def fit(
     o:Optim,           # settings
     path:Path,         # folder for `checkpoint.safetensors` and `history.csv`
     seed:int=0,        # order, augmentation, dropout
-    validate=None,     # `validate(model, accelerator) -> dict` after every epoch
+    validate=None,     # `validate(model, accelerator) -> dict`
+    every:int=1,       # how often: after every so many epochs, and after the last
     accelerator=None,  # an `accelerate.Accelerator`
     progress:bool=True,# show a bar
     stop_after:int=None,# stop after so many epochs in this call, as if killed (for tests)
@@ -191,7 +193,7 @@ def fit(
         set_epoch(loader, epoch)
         row = {"epoch": epoch+1, **train_epoch(net, loss_fn, loader, optimizer, accelerator, prepare, o, epoch, bar.update)}
         row["seconds"] = round(time.perf_counter()-start, 2)
-        if validate: row |= validate(net, accelerator)
+        if validate and (not (epoch+1)%every or epoch+1==o.epochs): row |= validate(net, accelerator)
         history.append(row); bar.set_postfix({k: f"{row[k]:.3f}" for k in list(row) if k=="loss" or k.endswith("fused/action_top1")})
         if accelerator.is_main_process:
             save_checkpoint(checkpoint, model, optimizer, history)
