@@ -73,12 +73,13 @@ class Run:
     seed:int = 0                     # data order, augmentation, initial weights, dropout
     stream:str|None = None           # "rgb" or "pose": a network of one stream; None: both
     repair:Repair|None = None        # what the system `repaired` and its controls do
-    start:str = "random"             # the backbone's first weights: "random", "single" (two one-stream runs, joined) or "imagenet" (inflated ResNet-50)
+    start:str = "random"             # the backbone's first weights: "random", "single" (PoseConv3D's, each stream trained alone) or "imagenet" (inflated ResNet-50)
+    first:Optim|None = None          # how the one-stream networks of "single" were trained; None: like this run
 
     def __post_init__(self):
         for field,known in (("stream", (None, *STREAMS)), ("start", ("random", "single", "imagenet"))):
             if getattr(self, field) not in known: raise ValueError(f"Run.{field}: found {getattr(self, field)!r}, expected one of {known}")
-        if self.start=="single" and self.stream: raise ValueError("start='single' joins two one-stream runs; it needs stream=None")
+        if self.first and self.start!="single": raise ValueError(f"found Run.first with start={self.start!r}; it belongs to start='single'")
 
     @property
     def name(self)->str:
@@ -146,11 +147,11 @@ SYSTEMS = {
 }
 
 # %% ../nbs/71_runs.ipynb #71-runs-14
-def singles(run:Run)->list: # two runs
-    "The one-stream runs a run with `start='single'` begins with."
-    one = replace(run, system="poseconv3d", method=None, start="random", net=replace(run.net, interaction=False))
+def singles(run:Run)->list: # one or two runs
+    "The one-stream PoseConv3D runs that a run with `start='single'` begins with."
+    one = replace(run, system="poseconv3d", method=None, repair=None, start="random", optim=run.first or run.optim, first=None, net=replace(run.net, interaction=False))
     off = lambda s: replace(run.clip, **{f"{o}_frames": 0 for o in STREAMS if o!=s})
-    return [replace(one, stream=s, clip=off(s)) for s in STREAMS]
+    return [replace(one, stream=s, clip=off(s)) for s in ([run.stream] if run.stream else STREAMS)]
 
 def weights(run:Run)->dict: # the model's state
     "Weights of a run, which is trained if it is missing. A `DataError` when only its results are here: a store of results holds no weights."
@@ -167,8 +168,9 @@ def begin(run:Run, model):
     "Give a new model its first weights, in place."
     net = model.backbone
     if run.start=="single":
-        part = lambda r: {k.removeprefix("backbone."): v for k,v in weights(r).items() if k.startswith("backbone.")}
-        join_(net, *map(part, singles(run)))
+        parts = [{k.removeprefix("backbone."): v for k,v in weights(r).items() if k.startswith("backbone.")} for r in singles(run)]
+        if run.stream: net.load_state_dict(parts[0])
+        else: join_(net, *parts)
     if run.start=="imagenet":
         from torchvision.models import resnet50, ResNet50_Weights
         from pcan.slowonly import inflate
@@ -384,9 +386,10 @@ def get_all(
 )->list:                # one `Result` per run
     "Results of many runs, trained side by side where they are missing. A `RunError` after the last one if any failed."
     from tqdm import tqdm
-    missing = [r for r in dict.fromkeys(runs) if not (r.path/"metrics.json").exists()]
-    first = [s for r in missing if r.start=="single" for s in singles(r)] + [b for r in missing if (b:=trained_as(r))!=r]   # what the others begin with
-    if first: get_all(first, jobs, progress)
+    open_ = lambda: [r for r in dict.fromkeys(runs) if not (r.path/"metrics.json").exists()]
+    before = [s for r in open_() for s in (singles(r) if r.start=="single" else []) + [b for b in [trained_as(r)] if b!=r]]
+    if before: get_all(before, jobs, progress)                    # what others begin with, or share the training of
+    missing = open_()
     for profile in {r.profile: None for r in missing}: ensure_data(profile, progress=progress)
     for r in {(r.data, r.clip): r for r in missing}.values(): fill_cache(r)
     jobs = jobs or (1 if torch.cuda.is_available() else os.cpu_count())
@@ -417,7 +420,7 @@ def table2(profile): return {f"λ = {l:g}": lambda s, l=l: make("pcan", profile,
 def table3(profile): return {", ".join(f"{a:g}" for a in al): lambda s, al=al: make("pcan", profile, s, alpha=al) for al in ALPHAS}
 
 # %% ../nbs/71_runs.ipynb #71-runs-32
-LONG = dict(net=TINY, pose_frames=12, lr=1e-2, epochs=60)   # of the one-stream comparisons at profile bench
+LONG = dict(net=TINY, pose_frames=12, epochs=20, lr=3e-3, first=dict(epochs=100, lr=1e-2))   # of the one-stream comparisons at profile bench
 
 def alone(
     system:str,    # a row of `SYSTEMS`
@@ -425,10 +428,11 @@ def alone(
     seed:int=0,
     **changes,     # `reading`, and changes of the method or the repair
 )->Run:
-    "A Pose-stream run, long enough to finish learning."
-    run = make(system, profile, seed, stream="pose", **changes)
+    "A Pose-stream run that begins with a Pose network which has finished learning."
+    run = make(system, profile, seed, stream="pose", start="single", **changes)
     if profile!="bench": return run
-    return replace(run, net=LONG["net"], clip=replace(run.clip, pose_frames=LONG["pose_frames"]), optim=replace(run.optim, lr=LONG["lr"], epochs=LONG["epochs"]))
+    optim = lambda d: replace(run.optim, lr=d["lr"], epochs=d["epochs"])
+    return replace(run, net=LONG["net"], clip=replace(run.clip, pose_frames=LONG["pose_frames"]), optim=optim(LONG), first=optim(LONG["first"]))
 
 def readings(profile):
     "PoseConv3D, both readings, and the released one with one group of fields set to the paper's."
