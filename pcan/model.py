@@ -74,15 +74,16 @@ RELEASED = Method(width=(128,256), pool="max", tau=8., alpha_on="logits", member
                   detach_pda=True, gamma=(5.,1.), rectified_ce=False, pcc=.2, beta=.2)   # PCC + PDA, divided by 5
 READINGS = dict(paper=Method(), released=RELEASED)
 
-GROUPS = {"membership and α": ("members","alpha_on","per_batch","pcc"), "temperature": ("tau",), "FN/FP penalties": ("penalty","fp_target","fp_centre"),
-          "PDA": ("form","detach_pda","beta"), "rectification": ("gamma","rectified_ce"), "pooling": ("pool",)}   # fields that belong together
+GROUPS = {"membership and alpha": ("members","alpha_on","per_batch","pcc"), "temperature": ("tau",), "FN/FP penalties": ("penalty","fp_target","fp_centre"),
+          "PDA": ("form","detach_pda","beta"), "rectification": ("gamma","rectified_ce"), "pooling": ("pool",)}   # fields that only make sense together
 
 def flip(
-    group:str,  # a row of `GROUPS`
+    label:str,            # a row of `GROUPS`
+    base:Method=RELEASED, # what is changed
 )->Method:
-    "The released reading with one group of fields as in the paper."
-    if group not in GROUPS: raise ValueError(f"group: found {group!r}, expected one of {', '.join(GROUPS)}")
-    return replace(RELEASED, **{f: getattr(Method(), f) for f in GROUPS[group]})
+    "The released reading with one group of fields at the paper's values."
+    if label not in GROUPS: raise ValueError(f"group: found {label!r}, expected one of {', '.join(GROUPS)}")
+    return replace(base, **{f: getattr(Method(), f) for f in GROUPS[label]})
 
 # %% ../nbs/60_model.ipynb #60-model-10
 class Scores(NamedTuple):

@@ -56,7 +56,7 @@ def class_means(
     s, n = sums[:,:-1], sums[:,-1:].detach()
     return s/n.clamp(min=1e-6), n
 
-# %% ../nbs/31_prototypes.ipynb #31-prototypes-15
+# %% ../nbs/31_prototypes.ipynb #31-prototypes-17
 class Prototypes(nn.Module):
     "`K` prototypes of width `C`, at random to begin with, moved by the true positives of each training batch (Eq. 3)."
     def __init__(self,

@@ -159,7 +159,7 @@ def repaired_terms(
     r, y_b = h.r, parent[y]
     sets, true = ambiguous_sets(s.body, s.action, y_b, y), y[:,None]==torch.arange(len(parent), device=y.device)
     with torch.no_grad():
-        q = h.classify(s.feature).float().softmax(1)                              # without dropout
+        q = h.classify(s.feature.to(h.W1.weight.dtype)).float().softmax(1)                              # without dropout
         f = unit(s.match)
         P = h.memory(f, torch.where(sets.tp_a, 1., r.others*true))                # Eq. 3 with everybody in it
         h.fn(f, sets.fn_a1 | sets.fn_a2 | sets.fn_a3); h.fp(f, sets.fp_a)

@@ -126,7 +126,7 @@ class RGBPoseConv3D(nn.Module):
         if s.lateral:
             self.to_rgb = init_(nn.ModuleList(slow_down(c, r, k) for c in c_pose))
             self.to_pose = init_(nn.ModuleList(speed_up(c, m, r, k) for c,m in zip(c_rgb, sent)))
-        if s.interaction: self.interact = nn.ModuleList(Interaction(c, d, r) for c,d in zip(c_rgb, c_pose))
+        if s.interaction: self.interact = nn.ModuleList(Interaction(*c, r) for c in zip(c_rgb, c_pose))
         self.widths = self.rgb.width, self.pose.width
 
     def exchange(self,
@@ -136,8 +136,7 @@ class RGBPoseConv3D(nn.Module):
     )->tuple:           # both, with the other's message appended; ValueError if `h,w` differ
         "Append to each map what the other pathway sends; attend to the other first, if asked to."
         s = self.sizes
-        if not (s.lateral or s.interaction): return x, y
-        check_meeting(x, y)
+        if s.lateral or s.interaction: check_meeting(x, y)
         if s.lateral: to_rgb, to_pose = self.to_rgb[i](y), self.to_pose[i](x)
         if s.interaction: x, y = self.interact[i](x, y)
         return (torch.cat((x, to_rgb), 1), torch.cat((y, to_pose), 1)) if s.lateral else (x, y)
@@ -148,10 +147,9 @@ class RGBPoseConv3D(nn.Module):
     )->tuple:              # `(B,C_rgb,T,h',w')`, `(B,C_pose,speed_ratio*T,h',w')`
         "Both pathways to their last map."
         check_clips(rgb, pose, self.sizes.speed_ratio)
-        x, y = self.rgb.stem(rgb), self.pose.stem(pose)
-        first, *rest = self.rgb.stages()
-        x = first(x)
-        for i,(f,g) in enumerate(zip(rest, self.pose.stages())):
+        (first, *rest), stages = self.rgb.stages(), self.pose.stages()
+        x, y = first(self.rgb.stem(rgb)), self.pose.stem(pose)
+        for i,(f,g) in enumerate(zip(rest, stages)):
             if i: x, y = self.exchange(i-1, x, y)
             x, y = f(x), g(y)
         return x, y

@@ -6,8 +6,8 @@
 __all__ = ['PROFILES', 'RECIPE', 'SYSTEMS', 'KEPT', 'ALPHAS', 'LAMBDAS', 'LONG', 'Profile', 'profile_of', 'Run', 'stated', 'make',
            'from_dict', 'backbone_of', 'singles', 'weights', 'trained_as', 'begin', 'data_identity', 'ensure_data',
            'has_video', 'data_root', 'clips_of', 'Result', 'with_fused', 'kept', 'measure', 'environment', 'locked',
-           'get', 'score', 'train', 'adopt', 'cost', 'start', 'fill_cache', 'epochs_done', 'RunError', 'get_all',
-           'table1', 'table2', 'table3', 'alone', 'readings', 'choices', 'repairs', 'plan', 'agreement']
+           'get', 'score', 'train', 'adopt', 'cost', 'start', 'fill_cache', 'epochs_done', 'RunError', 'TimeUp',
+           'get_all', 'table1', 'table2', 'table3', 'alone', 'readings', 'choices', 'repairs', 'plan', 'agreement']
 
 # %% ../nbs/71_runs.ipynb #71-runs-02
 import csv, fcntl, os, platform, resource, subprocess, sys, time
@@ -177,7 +177,7 @@ def begin(run:Run, model):
         rgb = getattr(net, "rgb", net)
         state = inflate(resnet50(weights=ResNet50_Weights.IMAGENET1K_V1).state_dict(), rgb.pathway)
         if run.stream: net.load_state_dict(state)
-        else: join_(net, state, {k: v[:,:net.sizes.pose.in_channels] if k=="conv1.conv.weight" else v for k,v in net.pose.state_dict().items()})
+        else: join_(net, rgb=state)
 
 # %% ../nbs/71_runs.ipynb #71-runs-16
 def data_identity(data:str)->str: # sha256
@@ -379,16 +379,21 @@ def epochs_done(run:Run)->int:
 class RunError(RuntimeError):
     "Some runs failed; the message ends with the end of their logs."
 
+class TimeUp(RuntimeError):
+    "The minutes are over; what is unfinished goes on from its last epoch next time."
+
 def get_all(
     runs:list,          # runs; what is finished is only read
     jobs:int=None,      # processes side by side; by default one per core, or one on a GPU
     progress:bool=True, # a bar of epochs over all runs
+    minutes:float=None, # stop after so long; no limit by default
 )->list:                # one `Result` per run
-    "Results of many runs, trained side by side where they are missing. A `RunError` after the last one if any failed."
+    "Results of many runs, trained side by side where they are missing. A `RunError` after the last one if any failed, a `TimeUp` if the minutes are over first."
     from tqdm import tqdm
+    began, left = time.monotonic(), lambda: None if minutes is None else minutes - (time.monotonic()-began)/60
     open_ = lambda: [r for r in dict.fromkeys(runs) if not (r.path/"metrics.json").exists()]
     before = [s for r in open_() for s in (singles(r) if r.start=="single" else []) + [b for b in [trained_as(r)] if b!=r]]
-    if before: get_all(before, jobs, progress)                    # what others begin with, or share the training of
+    if before: get_all(before, jobs, progress, left())                    # what others begin with, or share the training of
     missing = open_()
     for profile in {r.profile: None for r in missing}: ensure_data(profile, progress=progress)
     for r in {(r.data, r.clip): r for r in missing}.values(): fill_cache(r)
@@ -400,6 +405,8 @@ def get_all(
             while waiting and len(running) < jobs:
                 r = waiting.pop(0); running[r] = start(r)
             time.sleep(.2)
+            if minutes is not None and left()<=0:
+                raise TimeUp(f"{len(missing)-len(waiting)-len(running)-len(failed)} of {len(missing)} runs were finished in {minutes:g} minutes; the same command goes on with the others")
             for r,p in list(running.items()):
                 if p.poll() is None: continue
                 del running[r]

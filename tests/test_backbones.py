@@ -253,7 +253,7 @@ def test_interaction_without_laterals():
 
 def torchvision_resnet(name, *blocks):
     "torchvision's ResNet, random weights and statistics; also where a CUDA build of it stands beside a CPU build of torch."
-    try: import torchvision
+    try: import torchvision  # noqa: F401
     except RuntimeError:
         for op in ('nms', 'qnms'):
             torch.library.define(f'torchvision::{op}', '(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
