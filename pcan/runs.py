@@ -172,10 +172,8 @@ def begin(run:Run, model):
         if run.stream: net.load_state_dict(parts[0])
         else: join_(net, *parts)
     if run.start=="imagenet":
-        from torchvision.models import resnet50, ResNet50_Weights
-        from pcan.slowonly import inflate
-        rgb = getattr(net, "rgb", net)
-        state = inflate(resnet50(weights=ResNet50_Weights.IMAGENET1K_V1).state_dict(), rgb.pathway)
+        from pcan.slowonly import image_models, inflate
+        state = inflate(image_models().resnet50(weights="IMAGENET1K_V1").state_dict(), getattr(net, "rgb", net).pathway)
         if run.stream: net.load_state_dict(state)
         else: join_(net, rgb=state)
 
@@ -344,7 +342,7 @@ def train(
 def adopt(base:Run, model, path:Path)->list: # the history
     "Take another run's training: its weights into `model`, its history into `path`."
     model.load_state_dict(weights(base))
-    (path/"history.csv").write_bytes((base.path/"history.csv").read_bytes())
+    with atomic(path/"history.csv") as f: f.write((base.path/"history.csv").read_bytes())
     return Result(base, base.path).history
 
 def cost(run:Run, history:list, clips:int, started:float)->dict:

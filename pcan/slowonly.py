@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Pathway', 'conv_norm', 'Bottleneck', 'init_', 'check_input', 'SlowOnly', 'over_time', 'from_torchvision', 'misfit',
-           'inflate']
+           'inflate', 'image_models']
 
 # %% ../nbs/50_slowonly.ipynb #50-slowonly-02
 import re
@@ -195,3 +195,12 @@ def inflate(
         raise ValueError(f'this image network does not fit the pathway (under our names): {wrong}. Expected a torchvision ResNet made '
                          'of bottlenecks (resnet50 for the paper) on 3 channels: take that, or a Pathway that fits it')
     return {k: state[k].clone() for k in want}
+
+# %% ../nbs/50_slowonly.ipynb #50-slowonly-64
+def image_models(): # the module `torchvision.models`
+    "torchvision's networks; also those of a CUDA build of it beside a CPU build of torch, where two operators are missing."
+    try: import torchvision
+    except RuntimeError:
+        for op in ('nms', 'qnms'): torch.library.define(f'torchvision::{op}', '(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
+        import torchvision
+    return torchvision.models

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest, torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from pcan.slowonly import Pathway, SlowOnly, inflate
+from pcan.slowonly import image_models, Pathway, SlowOnly, inflate
 from pcan.rgbpose import PAPER, THIN, TINY, CrossAttention, Interaction, RGBPoseConv3D, Sizes, from_reference, join_, to_reference
 
 RGB, POSE = replace(PAPER.rgb, base=8), replace(PAPER.pose, base=4)
@@ -253,11 +253,7 @@ def test_interaction_without_laterals():
 
 def torchvision_resnet(name, *blocks):
     "torchvision's ResNet, random weights and statistics; also where a CUDA build of it stands beside a CPU build of torch."
-    try: import torchvision  # noqa: F401
-    except RuntimeError:
-        for op in ('nms', 'qnms'):
-            torch.library.define(f'torchvision::{op}', '(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
-    from torchvision.models import resnet
+    resnet = image_models().resnet
     torch.manual_seed(0)
     net = resnet.ResNet(resnet.Bottleneck, list(blocks)) if blocks else getattr(resnet, name)(weights=None)
     for m in net.modules():

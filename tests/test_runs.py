@@ -1,9 +1,9 @@
 "The store of runs: trained once, resumed to the same end, failures reported."
 import signal, time
 from dataclasses import replace
-import numpy as np, pytest
+import numpy as np, pytest, torch
 from pcan import runs
-from pcan.files import write_json
+from pcan.files import DataError, read_json, write_json
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
@@ -63,3 +63,68 @@ def test_a_machine_without_video_libraries_trains_the_same(store, monkeypatch, t
     result = runs.get(run, progress=False)
     assert not list((tmp_path/"data"/"synth"/"smoke").rglob("*.mp4"))
     assert len(result.scores("test")["y_a"]) == 104 and np.isfinite(result.metrics["test"]["fused"]["f1_mean"])
+
+def test_a_one_stream_run_goes_on_from_one(store):
+    "The backbone begins with PoseConv3D's of the same stream, which is trained first."
+    run = runs.alone("pcan", "smoke", reading="released")
+    first, = runs.singles(run)
+    assert (first.system, first.stream, first.method, first.start)==("poseconv3d", "pose", None, "random")
+    state = runs.weights(first)
+    runs.seed_epoch(0, -1); model, _ = runs.SYSTEMS["pcan"](run); runs.begin(run, model)
+    assert all(torch.equal(v, state[f"backbone.{k}"]) for k,v in model.backbone.state_dict().items())
+    assert runs.get(run, progress=False).metrics["test"].keys()=={"pose", "fused"}
+    (first.path/"model.safetensors").unlink()
+    with pytest.raises(DataError, match="no weights of this finished run"): runs.weights(first)
+
+def test_two_streams_begin_as_the_two_they_are_made_of(store):
+    run = runs.make("poseconv3d", "smoke", start="single")
+    runs.get_all(runs.singles(run), jobs=1, progress=False)
+    model, _ = runs.SYSTEMS["poseconv3d"](run); runs.begin(run, model); model.eval()
+    rgb, pose = torch.randn(2, 6, 4, 32, 32), torch.rand(2, 28, 8, 12, 12)
+    both = model.backbone(rgb, pose)
+    for s,x,y in zip(runs.STREAMS, (rgb, pose), both):
+        one, _ = runs.SYSTEMS["poseconv3d"](next(r for r in runs.singles(run) if r.stream==s))
+        one.load_state_dict(runs.weights(next(r for r in runs.singles(run) if r.stream==s)))
+        torch.testing.assert_close(one.backbone.eval()(x), y, atol=1e-4, rtol=1e-4)
+
+def test_imagenet_weights_come_in_inflated(store, monkeypatch):
+    from pcan import slowonly
+    from pcan.rgbpose import PAPER
+    net = slowonly.image_models().resnet50(weights=None)
+    class Models:                                              # no download: the same network with random weights
+        def resnet50(weights): assert weights=="IMAGENET1K_V1"; return net
+    monkeypatch.setattr(slowonly, "image_models", lambda: Models)
+    run = runs.make("poseconv3d", "paper", start="imagenet", stream="rgb")
+    model, _ = runs.SYSTEMS["poseconv3d"](run); runs.begin(run, model)
+    got = model.backbone.layer3[0].conv1.conv.weight
+    assert got.shape[2]==3 and torch.equal(got[:,:,1], net.layer3[0].conv1.weight[:,:,0,0][...,None,None]) and not got[:,:,[0,2]].any()
+    with pytest.raises(ValueError, match="does not fit the pathway"):
+        thin = runs.make("poseconv3d", "smoke", start="imagenet"); runs.begin(thin, runs.SYSTEMS["poseconv3d"](thin)[0])
+
+def test_read_outs_share_a_training(store):
+    plain, voted = runs.alone("repaired", "smoke", vote=0.), runs.alone("repaired", "smoke", vote=5., adjust=.5)
+    assert runs.trained_as(voted)==plain and voted.name!=plain.name
+    b = runs.get(voted, progress=False)                        # trains what it shares, too
+    a = runs.get(plain, progress=False)
+    assert b.environment["trained_as"]==plain.name and "trained_as" not in a.environment
+    assert [r["loss"] for r in a.history]==[r["loss"] for r in b.history]
+    assert not np.array_equal(a.scores("test")["pose_action"], b.scores("test")["pose_action"])
+    assert not (b.path/"model.safetensors").exists()
+
+def test_time_is_up_and_nothing_is_lost(store):
+    run = short(epochs=2)
+    with pytest.raises(runs.TimeUp, match="0 of 1 runs were finished.*goes on with the others"): runs.get_all([run], progress=False, minutes=0)
+    assert not (run.path/"metrics.json").exists()
+    assert len(runs.get_all([run], progress=False)[0].history)==2
+
+def test_a_changed_default_is_noticed(store):
+    "Names tell what differs from the defaults; the folder tells all of it."
+    run = short(); runs.get(run, progress=False)
+    config = read_json(run.path/"config.json"); config["method"]["beta"] = 4.; write_json(run.path/"config.json", config)
+    with pytest.raises(DataError, match="a default has changed since, so raise RECIPE"): runs.get(run)
+
+def test_the_released_reading_at_paper_size_is_the_released_setting():
+    run = runs.make("pcan", "paper", reading="released")
+    assert run.net.interaction and run.start=="single" and run.clip.test_size==256 and not run.clip.flip_fingers
+    assert (run.optim.epochs, run.optim.milestones)==(30, (10,20)) and run.method==runs.READINGS["released"]
+    assert not any(s.net.interaction for s in runs.singles(run))
