@@ -98,7 +98,7 @@ _S = THEMES[3]
 LEDGER += [
  Row(_S, "schedule", "4.1", "40 epochs, × 0.1 at 15 and 30", "30 epochs, × 0.1 at 10 and 20", "as printed", "the length", "nbs/65_readings.ipynb", ("optim.epochs", "optim.milestones")),
  Row(_S, "optimiser", "4.1", "unsaid: rate, decay, clipping", "SGD 0.0075, 1e-4, norm at most 40", "the same", "–", "nbs/70_train.ipynb", ("optim.lr", "optim.weight_decay", "optim.clip")),
- Row(_S, "first weights", "4.1", "unsaid with the schedule", "two one-stream networks trained on MA-52", "random; `start` has both", "where the backbone begins", "tests/test_backbones.py::test_join", ("start",)),
+ Row(_S, "first weights", "4.1", "unsaid with the schedule", "two one-stream networks trained on MA-52", "random; `start` has both", "where the backbone begins", "tests/test_runs.py::test_two_streams_begin_as_the_two_they_are_made_of", ("start",)),
  Row(_S, "which epoch", "–", "unsaid", "best fused action top-1 on the reported split", "the last", "a small advantage on the very split that is reported", "nbs/70_train.ipynb"),
  Row(_S, "clips at the test", "–", "unsaid", "10, softmax, then the mean", "the same", "steadier scores", _T+"test_rectify", ("clip.clips_test",)),
  Row(_S, "fusion", "4.2", "late", "mean of the streams' softmax", "the same", "the fused row of a table", "tests/test_metrics.py::test_evaluate"),

@@ -461,7 +461,7 @@ choices.seeds = lambda profile: (0,)
 def repairs(profile):
     "The repaired reading and its controls."
     one = lambda **kw: (lambda s: alone("repaired", profile, s, **kw))
-    return {"PoseConv3D": lambda s: alone("poseconv3d", profile, s), "PoseConv3D, τ = ¼": one(**_OFF, adjust=.25), "cosine classifier": one(**_OFF, cosine=True), "body head": one(**_LATE, delay=(0.,0.)),
+    return {"PoseConv3D": lambda s: alone("poseconv3d", profile, s), "cosine classifier": one(**_OFF, cosine=True),
             "late body head": one(**_LATE), "late body head, τ = ¼": one(**_LATE, adjust=.25), "repaired": one(), "repaired, tree ½": one(tree=.5)}
 repairs.seeds = lambda profile: (0,) if profile in ("smoke","quick") else (0,1,2,3,4)
 

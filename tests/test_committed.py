@@ -17,11 +17,24 @@ def test_run(path):
     assert len(result.history)==run.optim.epochs
     assert {"commit", "torch", "device", "seconds", "data", "recipe", "peak_memory_mb"} <= set(result.environment)
 
-@pytest.mark.parametrize("table", ["table1", "table2", "table3"])
-def test_table(table):
-    rows = read_table(table, "quick")
+@pytest.mark.parametrize("profile,table", [("quick", "table1"), ("quick", "table2"), ("quick", "table3"), ("bench", "readings"), ("bench", "choices"), ("bench", "repaired")])
+def test_table(profile, table):
+    rows = read_table(table, profile)
     named = rows[rows.run!=""]
     assert len(named)>=24
     for r in named.itertuples():
         m = read_json(RUNS[0].parent.parent/r.run/"metrics.json")
         assert f"{m[r.split][r.stream][r.metric]:.6f}"==f"{r.value:.6f}", f"{table}: {r.variant} {r.metric}"
+
+@pytest.mark.parametrize("table", ["readings", "repaired"])
+def test_differences(table):
+    "The differences of a page, from the kept scores: its first row again, to the last digit."
+    import pandas as pd
+    from pcan.verdicts import difference, predictions
+    row = pd.read_csv(RUNS[0].parent.parent.parent/"bench"/"tables"/f"{table}_differences.csv").query("metric=='f1_mean'").iloc[0]
+    ours, theirs = row.pair.split(" − ")
+    made = read_table(table, "bench")
+    runs_of = lambda v: [runs.Result(runs.from_dict(runs.Run, read_json(RUNS[0].parent.parent/n/"config.json")), RUNS[0].parent.parent/n) for n in dict.fromkeys(made[made.variant==v].run)]
+    p, q = ([predictions(r.scores("test")) for r in runs_of(v)] for v in (ours, theirs))
+    d = difference(p, q, "f1_mean")
+    assert (f"{100*d.value:.4f}", f"{100*d.lo:.4f}", f"{100*d.hi:.4f}", d.seeds)==(f"{row.value:.4f}", f"{row.lo:.4f}", f"{row.hi:.4f}", row.seeds)
