@@ -64,7 +64,7 @@ def train(argv=None):
     one = lambda s: make(a.system, a.profile, s, a.reading, a.stream, a.start, **method)
     runs = ([from_dict(Run, read_json(a.config))] if a.config else [one(s) for s in a.seed or (0,)] if not a.table else
             [r for rs in plan(a.table, a.profile, a.seed).values() for r in rs])
-    try: results = [get(runs[0], workers=a.workers)] if len(runs)==1 and not a.minutes else get_all(runs, a.jobs, minutes=a.minutes)
+    try: results = [get(runs[0], workers=a.workers)] if len(runs)==1 and a.minutes is None else get_all(runs, a.jobs, minutes=a.minutes)
     except TimeUp as e: print(e); return 3
     for r in results: said(r)
 

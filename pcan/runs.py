@@ -404,7 +404,7 @@ def get_all(
                 r = waiting.pop(0); running[r] = start(r)
             time.sleep(.2)
             if minutes is not None and left()<=0:
-                raise TimeUp(f"{len(missing)-len(waiting)-len(running)-len(failed)} of {len(missing)} runs were finished in {minutes:g} minutes; the same command goes on with the others")
+                raise TimeUp(f"{len(missing)-len(waiting)-len(running)-len(failed)} of {len(missing)} runs were finished when the time was up; the same command goes on with the others")
             for r,p in list(running.items()):
                 if p.poll() is None: continue
                 del running[r]

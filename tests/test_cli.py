@@ -23,3 +23,14 @@ def test_help(command):
 def test_a_mistake_gets_one_helpful_line(args, expected):
     r = shell(*args)
     assert r.returncode==2 and expected in r.stderr and "Traceback" not in r.stderr, r.stderr[-800:]
+
+def test_a_table_in_pieces(tmp_path, monkeypatch, capsys):
+    "`--minutes` stops in time, says how far it came, and the next call goes on."
+    from pcan import cli, runs
+    monkeypatch.setenv("PCAN_REPORTS", str(tmp_path))
+    run = runs.alone("poseconv3d", "smoke")
+    monkeypatch.setattr(runs, "plan", lambda table, profile, seeds: {"one": [run]})
+    args = ["--table", "readings", "--profile", "smoke"]
+    assert cli.train([*args, "--minutes", "0"])==3
+    assert "0 of 1 runs were finished when the time was up; the same command goes on" in capsys.readouterr().out
+    assert cli.train(args)==0 and run.name in capsys.readouterr().out
