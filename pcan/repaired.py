@@ -39,6 +39,7 @@ class Repair:
 
     def __post_init__(self):
         for f in ("delay","alpha"): object.__setattr__(self, f, tuple(getattr(self, f)))   # a list from JSON is welcome
+        if self.tree and not self.body: raise ValueError(f"found tree={self.tree} with body=0; the tree's word at the test is that of a trained body classifier")
         if not 0<=self.delay[0]<=self.delay[1]<=1: raise ValueError(f"found delay={self.delay}; expected two shares of the training in order, 0 to 1")
 
     def trained(self): # -> Repair
@@ -98,8 +99,9 @@ class RepairedHead(nn.Module):
         D, f = self.drop(F), self.W2(F)
         a, b = self.classify(D), self.W_b(D)
         v = self.r.kappa*cosine(f, self.p)
-        final = a if self.training else read_out(a, b, v, self.log_prior(), self.parent, self.r)
-        return Scores(final, a, b, F, f)
+        if self.training: return Scores(a, a, b, F, f)
+        final = read_out(a, b, v, self.log_prior(), self.parent, self.r)
+        return Scores(final, a, b if self.r.body else None, F, f)      # an untrained body classifier says nothing: the tree does
 
 # %% ../nbs/64_repaired.ipynb #64-repaired-21
 def read_out(
