@@ -453,16 +453,17 @@ def choices(profile):
     "What was tried on the validation split before the repaired reading was fixed: controls first."
     one = lambda **kw: (lambda s: alone("repaired", profile, s, **kw))
     return {"body head from the start": one(**_LATE, delay=(0.,0.)), "late body head": one(**_LATE), "late body head, τ = ¼": one(**_LATE, adjust=.25),
-            "cosine classifier": one(**_OFF, cosine=True), "repaired": one(), "repaired, vote ½": one(vote=.5), "repaired, tree ½": one(tree=.5),
-            "repaired, from the start": one(delay=(0.,0.)), "repaired, no margins": one(margin=0.), "repaired, no PDA": one(pda=0.),
-            "repaired, unbalanced": one(balanced=False), "repaired, τ = ¼, no vote": one(vote=0., adjust=.25)}
+            "late body head, τ = ½": one(**_LATE, adjust=.5), "cosine classifier": one(**_OFF, cosine=True),
+            "repaired": one(), "repaired, vote ½": one(vote=.5), "repaired, tree ½": one(tree=.5), "repaired, from the start": one(delay=(0.,0.)),
+            "repaired, no margins": one(margin=0.), "repaired, no PDA": one(pda=0.), "repaired, unbalanced": one(balanced=False)}
 choices.seeds = lambda profile: (0,)
 
 def repairs(profile):
     "The repaired reading and its controls."
     one = lambda **kw: (lambda s: alone("repaired", profile, s, **kw))
-    return {"PoseConv3D": lambda s: alone("poseconv3d", profile, s), "cosine classifier": one(**_OFF, cosine=True),
-            "late body head": one(**_LATE), "late body head, τ = ¼": one(**_LATE, adjust=.25), "repaired": one(), "repaired, tree ½": one(tree=.5)}
+    return {"PoseConv3D": lambda s: alone("poseconv3d", profile, s), "cosine classifier": one(**_OFF, cosine=True), "late body head": one(**_LATE),
+            "late body head, τ = ¼": one(**_LATE, adjust=.25), "late body head, τ = ½": one(**_LATE, adjust=.5),
+            "repaired": one(), "repaired, vote ½": one(vote=.5), "repaired, tree ½": one(tree=.5)}
 repairs.seeds = lambda profile: (0,) if profile in ("smoke","quick") else (0,1,2,3,4)
 
 # %% ../nbs/71_runs.ipynb #71-runs-34
