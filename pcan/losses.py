@@ -73,6 +73,7 @@ def check_choice(
     for k,v in found.items():
         if v not in choices.get(k, (v,)): raise ValueError(f"found {k}={v!r}; expected one of {choices[k]}")
 
+# %% ../nbs/40_losses.ipynb #40-losses-26
 def calibration_loss(
     F:torch.Tensor,             # `(B,C)` features
     P:torch.Tensor,             # `(K,C)` prototypes of this level
@@ -105,7 +106,7 @@ def calibration_loss(
     each = each + fp_sign*calibrate(F, P, q, fp, +1, target=cls[fp_target], centre=cls[fp_centre], **kw)
     return each.sum()*(per_batch/len(F) if per_batch else 1.)
 
-# %% ../nbs/40_losses.ipynb #40-losses-40
+# %% ../nbs/40_losses.ipynb #40-losses-41
 def diversity_loss(
     P:torch.Tensor,      # `(K,C)` prototypes
     form:str="printed",  # "printed": length of the sum of unit prototypes; "frobenius": norm of their cosine matrix

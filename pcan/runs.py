@@ -244,11 +244,11 @@ def with_fused(
         if f"{s}_body" not in out: out[f"{s}_body"] = best_child(torch.from_numpy(out[f"{s}_action"].astype(np.float32)), MA52).numpy()
     return out
 
-KEPT = 10   # actions kept per clip and stream; the others' probabilities, about 7% of the mass, are stored as 0
+KEPT = 10   # actions kept per clip, times the number of streams: with two, 20 of each, so that the five best of their mean are among them; the others are stored as 0
 
 def kept(outputs:dict, clips:int=1)->dict: # {stream: (p_action, p_body or None)}
     "What of a model's outputs is worth keeping: each stream's most likely actions, and its bodies. The fusion, and bodies read off the tree, follow from them."
-    best = lambda p: p*(p>=p.topk(KEPT, 1).values[:,-1:])
+    best = lambda p: p*(p>=p.topk(KEPT*len(outputs), 1).values[:,-1:])
     return {n: (best(p), b if outputs[n].body is not None else None) for n,(p,b) in fuse(outputs, MA52, clips).items() if n!="fused"}
 
 def measure(scores:dict)->dict: # {stream: {metric: value}}
