@@ -231,13 +231,13 @@ def curve_points(results, kinds): # DataFrame: run, system, seed, epoch, key, va
             for k,v in h.items() if k.startswith(tuple(kinds)) and isinstance(v, (int, float)) and np.isfinite(v)]
     return pd.DataFrame(rows, columns=["run", "system", "seed", "epoch", "key", "value"])
 
-def plot_curves(t, loss:str="loss", title:str="Training loss", colors=COLORS): # -> figure
-    "Training loss and validation accuracy of all runs; labels without a colour in the background. `t` from `curve_points`, with a column label."
+def plot_curves(t, loss:str="loss", title:str="Training loss", colors=COLORS, rest:str="ablations"): # -> figure
+    "Training loss and validation accuracy of all runs; labels without a colour in the background, as `rest`. `t` from `curve_points`, with a column label."
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 2, figsize=(7.2, 2.9))
-    t = t.assign(shown=t.label.where(t.label.isin(list(colors)), "ablations"))
+    t = t.assign(shown=t.label.where(t.label.isin(list(colors)), rest))
     for ax,(key,title,unit) in zip(axes, ((loss, title, 1), ("val/fused/action_top1", "Validation, action top-1, %", 100))):
-        for label,color,width in (("ablations", "#d3d6da", .9), *((s, c, 2 if len(t[t.label==s].run.unique())<2 else 1.2) for s,c in colors.items())):
+        for label,color,width in ((rest, "#d3d6da", .9), *((s, c, 2 if len(t[t.label==s].run.unique())<2 else 1.2) for s,c in colors.items())):
             for i,(_,d) in enumerate(t[(t.key==key) & (t.shown==label)].groupby("run", sort=False)):
                 ax.plot(d.epoch, unit*d.value, color=color, lw=width, label=label if i==0 else None, marker="o" if len(d)==1 else None, ms=4)
         ax.set(title=title, xlabel="epoch"); ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True, min_n_ticks=1))
@@ -254,7 +254,7 @@ def plot_arms(differences:dict, metrics=("action_top1", "action_f1_macro", "f1_m
             color = "#2E7D4F" if d.lo>0 else "#B3402A" if d.hi<0 else "#7b8794"
             ax.plot([100*d.lo, 100*d.hi], [y, y], color=color, lw=2.2, solid_capstyle="round"); ax.plot(100*d.value, y, "o", color=color, ms=5)
         ax.axvline(0, color="#777", lw=.8, zorder=0); ax.set(title=names[m], ylim=(n-.5, -.5)); ax.tick_params(axis="y", length=0); ax.spines["left"].set_visible(False)
-    axes[0].set_yticks(range(n), differences); fig.supxlabel("points, 95% interval", fontsize=9)
+    axes[0].set_yticks(range(n), differences); axes[len(metrics)//2].set_xlabel("points, 95% interval")
     return fig
 
 def plot_terms(t): # -> figure
