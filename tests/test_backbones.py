@@ -292,3 +292,17 @@ def test_mean_is_exact_away_from_the_ends():
 def test_other_image_networks_are_refused(name, pathway, match):
     with torch.device('meta'): state = torchvision_resnet(name).state_dict()
     with pytest.raises(ValueError, match=match): inflate(state, pathway)
+
+# ---- inputs need no standardising
+
+def test_a_factor_on_the_heatmaps_changes_nothing():
+    "The norm after the first convolution takes it out again, in training and, once the statistics are the input's, in evaluation."
+    torch.manual_seed(0)
+    x = torch.rand(4, 28, 6, 24, 24)*(torch.rand(4, 28, 6, 24, 24) < .02)
+    maps = []
+    for factor in (1., 17.):
+        torch.manual_seed(1); net = SlowOnly(THIN.pose)
+        for m in net.modules():
+            if isinstance(m, nn.BatchNorm3d): m.momentum = 1.
+        maps.append((net(factor*x), net.eval()(factor*x)))
+    for a,b in zip(*maps): torch.testing.assert_close(a, b, atol=2e-3, rtol=1e-3)
