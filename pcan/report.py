@@ -409,6 +409,9 @@ def executed(profile:str)->dict: # name -> notebook, in reading order
 
 def _meta(nb, role): return [o.metadata["pcan"] for o in roles(nb, role)]
 
+def _lead(n, nb): # the figure that stands for a page: its last where the first ones are preparation
+    return _meta(nb, "figure")[-1 if n in ("benchmark", *THOROUGH) else 0:][:1]
+
 def summary(v:dict)->str: # the interval of the first claim, and how the page's other claims came out
     return ". ".join(x for x in (v["why"], f"All claims of the page: {v['tally']}" if len(v["outcomes"])>1 else "") if x) + "."
 
@@ -431,7 +434,7 @@ def overview_html(nbs:dict, profiles:dict, top:bool=False, others=())->str: # HT
     main += [f'<h2 id="{n}"><a href="{href(n)}">{EXPERIMENTS[n]}</a></h2><div class="scroll" tabindex="0">{o.data["text/html"]}</div>'
              for n in ("table1", "table2", "table3") if n in nbs for o in list(roles(nbs[n], "table"))[:1]]
     cards = [f'<figure><a href="{href(n)}"><img loading="lazy" alt="{html.escape(m["alt"])}" src="{at(n)}figures/{m["name"]}.png"></a>'
-             f'<figcaption>{html.escape(m["caption"])}</figcaption></figure>' for n,nb in nbs.items() for m in _meta(nb, "figure")[-1 if n=="benchmark" else 0:][:1]]
+             f'<figcaption>{html.escape(m["caption"])}</figcaption></figure>' for n,nb in nbs.items() for m in _lead(n, nb)]
     main += ["<h2>Figures</h2>", f'<div class="cards">{"".join(cards)}</div>']
     up = "" if top else "../"
     if others: main += ["<p>Profiles: " + ", ".join(f'<a href="{up}{o}/index.html">{o}</a>' for o in others) + ".</p>"]
@@ -448,7 +451,7 @@ def overview_markdown(nbs:dict, profiles:dict)->str:
         profile = profiles[n]
         title, question = heading(nb); part = [f"## {title}", question]
         for o in list(roles(nb, "table"))[:1] if n.startswith("table") else []: part += [o.data["text/markdown"], f"*{o.metadata['pcan']['caption']}*"]
-        for m in _meta(nb, "figure")[:1]: part += [f"![{m['alt']}]({profile}/figures/{m['name']}.png)", f"*{m['caption']}*"]
+        for m in _lead(n, nb): part += [f"![{m['alt']}]({profile}/figures/{m['name']}.png)", f"*{m['caption']}*"]
         part += [f"**{v['outcomes'][0]}**: {v['headline']} {summary(v)}" for v in _meta(nb, "verdict")]
         out += [*part, f"[Page]({profile}/pages/{n}.html), profile `{profile}`"]
     return "\n\n".join(x for x in out if x) + "\n"
