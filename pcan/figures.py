@@ -244,6 +244,7 @@ def plot_curves(t, loss:str="loss", title:str="Training loss", colors=COLORS, re
     axes[0].set_ylim(0); axes[1].set_ylim(0); axes[1].legend(loc="lower right")
     return fig
 
+# %% ../nbs/73_figures.ipynb #73-figures-38
 def plot_arms(differences:dict, metrics=("action_top1", "action_f1_macro", "f1_mean")): # -> figure
     "One line with its interval per comparison and metric. `differences`: label -> {metric: `Difference`}."
     import matplotlib.pyplot as plt
@@ -269,7 +270,7 @@ def plot_terms(t): # -> figure
     axes[0].set_ylabel("term × its weight"); axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     return fig
 
-# %% ../nbs/73_figures.ipynb #73-figures-38
+# %% ../nbs/73_figures.ipynb #73-figures-39
 def plot_shares(t): # -> figure
     "How each batch is sorted, over training: right, three kinds of half-right or wrong. `t` has columns stream, term, epoch, value."
     import matplotlib.pyplot as plt
@@ -285,7 +286,7 @@ def plot_shares(t): # -> figure
     axes[0].set_ylabel("share of the training clips, %"); axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1), reverse=True)
     return fig
 
-# %% ../nbs/73_figures.ipynb #73-figures-43
+# %% ../nbs/73_figures.ipynb #73-figures-44
 def picture(clip, side:int=260, at=None): # (side,side,3) uint8, or (n,side,side,3) for n frame numbers
     "Frames of a clip, cut to the person, with the keypoints drawn. The middle frame by default."
     from pcan.augment import ClipSpec

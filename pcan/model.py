@@ -56,19 +56,20 @@ class Method:
     beta:float = 5.                # beta, weight of L_PDA
     dropout:float = .5             # before the two classifiers
 
-    def __post_init__(self):
-        for f in ("alpha","gamma","width"):                       # a list from JSON is welcome
-            if getattr(self, f) is not None: object.__setattr__(self, f, tuple(getattr(self, f)))
-        check_choice(CHOICES | _CHOICES, **vars(self))
-        if (len(self.alpha), len(self.gamma))!=(3,2):
-            raise ValueError(f"found alpha={self.alpha} and gamma={self.gamma}; expected 3 and 2 numbers")
-        if self.width is None and not self.rectified_ce and any(self.gamma):
-            raise ValueError("found rectified_ce=False without width: W2 would stay random and so would the rectification; "
-                             "set width=(128,256) or gamma=(0,0)")
+    def __post_init__(self): _check(self)
 
-_CHOICES = dict(prob=("sigmoid","softmax"), pool=("mean","max"), form=("printed","frobenius"))
+# %% ../nbs/60_model.ipynb #60-model-06
+_CHOICES = CHOICES | dict(prob=("sigmoid","softmax"), pool=("mean","max"), form=("printed","frobenius"))
 
-# %% ../nbs/60_model.ipynb #60-model-07
+def _check(m): # ValueError for what cannot be
+    for f in ("alpha","gamma","width"):                       # a list from JSON is welcome
+        if getattr(m, f) is not None: object.__setattr__(m, f, tuple(getattr(m, f)))
+    check_choice(_CHOICES, **vars(m))
+    if (len(m.alpha), len(m.gamma))!=(3,2): raise ValueError(f"found alpha={m.alpha} and gamma={m.gamma}; expected 3 and 2 numbers")
+    if m.width is None and not m.rectified_ce and any(m.gamma):
+        raise ValueError("found rectified_ce=False without width: W2 would stay random and so would the rectification; set width=(128,256) or gamma=(0,0)")
+
+# %% ../nbs/60_model.ipynb #60-model-08
 RELEASED = Method(width=(128,256), pool="max", tau=8., alpha_on="logits", members="all", penalty="class", fp_target="truth",
                   fp_centre="truth", detach_q=False, detach_mu=False, detach_p=False, per_batch=1., form="frobenius",
                   detach_pda=True, gamma=(5.,1.), rectified_ce=False, pcc=.2, beta=.2)   # PCC + PDA, divided by 5
@@ -85,7 +86,7 @@ def flip(
     if label not in GROUPS: raise ValueError(f"group: found {label!r}, expected one of {', '.join(GROUPS)}")
     return replace(base, **{f: getattr(Method(), f) for f in GROUPS[label]})
 
-# %% ../nbs/60_model.ipynb #60-model-10
+# %% ../nbs/60_model.ipynb #60-model-11
 class Scores(NamedTuple):
     "What one stream says about a batch."
     final:torch.Tensor            # `(B,K_A)` action logits that count: predictions and CE use them
@@ -109,7 +110,7 @@ def classifier(C:int, K:int)->nn.Linear: # `C` -> `K`
     nn.init.normal_(fc.weight, std=.01); nn.init.zeros_(fc.bias)
     return fc
 
-# %% ../nbs/60_model.ipynb #60-model-12
+# %% ../nbs/60_model.ipynb #60-model-13
 class PoseConv3DHead(nn.Module):
     "Global average pool, dropout, action classifier."
     def __init__(self,
@@ -125,7 +126,7 @@ class PoseConv3DHead(nn.Module):
         z = self.W1(self.drop(F))
         return Scores(z, z, feature=F)
 
-# %% ../nbs/60_model.ipynb #60-model-15
+# %% ../nbs/60_model.ipynb #60-model-16
 def rectify(
     z:torch.Tensor,  # `(B,K)` plain logits W1 F + b1
     f:torch.Tensor,  # `(B,d)` W2 F + b2
@@ -135,7 +136,7 @@ def rectify(
     "Add the prototypes' vote to the classifier's logits (Eq. 10-11)."
     return z + gamma*cosine(f, P)
 
-# %% ../nbs/60_model.ipynb #60-model-18
+# %% ../nbs/60_model.ipynb #60-model-19
 class PCANHead(nn.Module):
     "Two classifiers on one feature, and prototypes that rectify the action logits."
     def __init__(self,
@@ -161,7 +162,7 @@ class PCANHead(nn.Module):
         G = pool(x, self.pool)
         return s._replace(feature_a=self.W2(G), feature_b=self.W2_b(G))
 
-# %% ../nbs/60_model.ipynb #60-model-25
+# %% ../nbs/60_model.ipynb #60-model-26
 class TwoStream(nn.Module):
     "A two-stream backbone and one head per stream."
     def __init__(self,
@@ -184,7 +185,7 @@ class OneStream(TwoStream):
         (name, head), = self.heads.items()
         return {name: head(self.backbone({"rgb": rgb, "pose": pose}[name]))}
 
-# %% ../nbs/60_model.ipynb #60-model-28
+# %% ../nbs/60_model.ipynb #60-model-29
 def stream_terms(
     s:Scores,             # one stream's scores
     P_b:Prototypes,       # its body prototypes; moved when in training mode
@@ -210,7 +211,7 @@ def stream_terms(
         pcc_a = calibration_loss(F_a, p_a, s.action, y_a, fn_a, sets.fp_a, m.alpha, fp_sign=m.fp_sign, **kw),         # Eq. 4-8, action
         pda   = diversity_loss(p_a.detach() if m.detach_pda else p_a, m.form)), sets                 # Eq. 9
 
-# %% ../nbs/60_model.ipynb #60-model-30
+# %% ../nbs/60_model.ipynb #60-model-31
 class CELoss(nn.Module):
     "Cross-entropy on the final action logits, per stream, summed; on the body logits too where a stream has them."
     def __init__(self, tree:ActionTree):
@@ -227,7 +228,7 @@ class CELoss(nn.Module):
             if s.body is not None: terms[f"{name}/ce_b"] = cross_entropy(s.body.float(), self.parent.to(y.device)[y])
         return sum(terms.values()), {k: v.detach() for k,v in terms.items()}
 
-# %% ../nbs/60_model.ipynb #60-model-31
+# %% ../nbs/60_model.ipynb #60-model-32
 class PCANLoss(nn.Module):
     "Eq. 12 for every stream, summed. In training it also moves the prototypes of the heads it was made for."
     def __init__(self,
@@ -253,7 +254,7 @@ class PCANLoss(nn.Module):
             log |= {f"{name}/share_{k}": v for k,v in shares(sets).items()}
         return total, log
 
-# %% ../nbs/60_model.ipynb #60-model-33
+# %% ../nbs/60_model.ipynb #60-model-34
 def with_heads(
     backbone:nn.Module,  # has `widths`, or `width` if it has one stream
     stream:str|None,     # names the stream of a one-stream backbone
@@ -268,7 +269,7 @@ def with_heads(
     heads = {n: make(n, c) for n,c in zip(names, widths)}
     return (OneStream if stream else TwoStream)(backbone, heads), heads
 
-# %% ../nbs/60_model.ipynb #60-model-35
+# %% ../nbs/60_model.ipynb #60-model-36
 def poseconv3d(
     backbone:nn.Module,     # has `widths`, or `width` if it has one stream
     tree:ActionTree,        # bodies and actions
@@ -290,7 +291,7 @@ def pcan(
     model, heads = with_heads(backbone, stream, lambda n,c: PCANHead(c, tree, gamma[n], method))
     return model, PCANLoss(heads, tree, method)
 
-# %% ../nbs/60_model.ipynb #60-model-48
+# %% ../nbs/60_model.ipynb #60-model-49
 def best_child(
     p:torch.Tensor,    # `(B,K_A)` action probabilities
     tree:ActionTree,   # bodies and actions

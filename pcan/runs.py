@@ -339,6 +339,7 @@ def train(
         write_json(path/"metrics.json", metrics)
         if base==run: (path/"checkpoint.safetensors").replace(path/"model.safetensors")
 
+# %% ../nbs/71_runs.ipynb #71-runs-26
 def adopt(base:Run, model, path:Path)->list: # the history
     "Take another run's training: its weights into `model`, its history into `path`."
     model.load_state_dict(weights(base))
@@ -353,7 +354,7 @@ def cost(run:Run, history:list, clips:int, started:float)->dict:
                data=data_identity(run.data), recipe=RECIPE)
     return out | (dict(peak_gpu_memory_mb=torch.cuda.max_memory_allocated()//2**20) if torch.cuda.is_available() else {})
 
-# %% ../nbs/71_runs.ipynb #71-runs-27
+# %% ../nbs/71_runs.ipynb #71-runs-28
 _CPU = dict(OMP_NUM_THREADS="1", MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="100000000000", MALLOC_TOP_PAD_="268435456")
 
 def start(run:Run)->subprocess.Popen:
@@ -373,7 +374,7 @@ def epochs_done(run:Run)->int:
     history = run.path/"history.csv"
     return max(0, len(history.read_text().splitlines())-1) if history.exists() else 0
 
-# %% ../nbs/71_runs.ipynb #71-runs-28
+# %% ../nbs/71_runs.ipynb #71-runs-29
 class RunError(RuntimeError):
     "Some runs failed; the message ends with the end of their logs."
 
@@ -416,7 +417,7 @@ def get_all(
     if failed: raise RunError(f"{len(failed)} of {len(missing)} runs failed; the others are kept.\n" + "\n".join(f"--- {r.name} ({r.path}/log.txt)\n{log}" for r,log in failed.items()))
     return [get(r) for r in runs]
 
-# %% ../nbs/71_runs.ipynb #71-runs-30
+# %% ../nbs/71_runs.ipynb #71-runs-31
 ALPHAS = ((1.,1.,1.), (1.,.1,.1), (.1,1.,.5), (1.,.5,1.), (1.,.1,.5), (1.,.5,.1))   # Table 3, in the paper's order
 LAMBDAS = (0., .1, 10., 1.)                                                        # Table 2, in the paper's order
 
@@ -424,7 +425,7 @@ def table1(profile): return {"PoseConv3D": lambda s: make("poseconv3d", profile,
 def table2(profile): return {f"λ = {l:g}": lambda s, l=l: make("pcan", profile, s, lam=l) for l in LAMBDAS}
 def table3(profile): return {", ".join(f"{a:g}" for a in al): lambda s, al=al: make("pcan", profile, s, alpha=al) for al in ALPHAS}
 
-# %% ../nbs/71_runs.ipynb #71-runs-32
+# %% ../nbs/71_runs.ipynb #71-runs-33
 LONG = dict(net=TINY, pose_frames=12, epochs=20, lr=3e-3, first=dict(epochs=100, lr=1e-2))   # of the one-stream comparisons at profile bench
 
 def alone(
@@ -445,7 +446,7 @@ def readings(profile):
     return {"PoseConv3D": lambda s: alone("poseconv3d", profile, s), "paper": lambda s: alone("pcan", profile, s),
             "released": lambda s: alone("pcan", profile, s, reading="released")} | {f"released, {label} as in the paper": at(label) for label in GROUPS}
 
-# %% ../nbs/71_runs.ipynb #71-runs-33
+# %% ../nbs/71_runs.ipynb #71-runs-34
 _OFF = dict(body=0., proto=0., pda=0., vote=0.)   # a repaired run with all of this is PoseConv3D
 _LATE = dict(proto=0., pda=0., vote=0.)           # a body head that starts late, and nothing else
 
@@ -466,7 +467,7 @@ def repairs(profile):
             "repaired": one(), "repaired, vote ½": one(vote=.5), "repaired, tree ½": one(tree=.5)}
 repairs.seeds = lambda profile: (0,) if profile in ("smoke","quick") else (0,1,2,3,4)
 
-# %% ../nbs/71_runs.ipynb #71-runs-34
+# %% ../nbs/71_runs.ipynb #71-runs-35
 def plan(
     table:str,      # table1, table2, table3, readings, choices or repaired
     profile:str,    # a row of `PROFILES`
@@ -478,7 +479,7 @@ def plan(
     seeds = tables[table].seeds(profile) if seeds is None and hasattr(tables[table], "seeds") else profile_of(profile).seeds if seeds is None else seeds
     return {label: [run(s) for s in seeds] for label,run in tables[table](profile).items()}
 
-# %% ../nbs/71_runs.ipynb #71-runs-36
+# %% ../nbs/71_runs.ipynb #71-runs-37
 def agreement(
     runs:list,    # finished runs
     other:Path,   # another store of runs, `reports/runs` of somebody else
