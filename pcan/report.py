@@ -195,9 +195,9 @@ def difference_table(
     star = lambda d: "*" if d.lo>0 or d.hi<0 else ""
     rows = [dict(pair=k, metric=m, value=100*d.value, lo=100*d.lo, hi=100*d.hi, star=star(strict[k][m]), seeds=d.seeds, clips=d.clips) for k,v in found.items() for m,d in v.items()]
     with atomic(folder(profile, "tables", f"{name}.csv"), "w") as f: pd.DataFrame(rows).to_csv(f, index=False, float_format="%.4f", lineterminator="\n")
-    text = lambda k, m: (f"{100*(d:=found[k][m]).value:+.2f}{star(strict[k][m])}", f"{d.ends}")
+    text = lambda k, m: (f"{100*(d:=found[k][m]).value:+.2f}{star(strict[k][m])}".replace("-", "−"), d.ends)
     head = "".join(f'<th scope="col">{METRICS[m]}</th>' for m in metrics)
-    cell = lambda k, m: "<td>{}<br><span class=\"sd\">{}</span></td>".format(*(x.replace("-", "−") for x in text(k, m)))
+    cell = lambda k, m: "<td>{}<br><span class=\"sd\">{}</span></td>".format(*text(k, m))
     body = "".join(f'<tr><th scope="row">{html.escape(k)}</th>{"".join(cell(k, m) for m in metrics)}</tr>' for k in pairs)
     note = f"{caption} Points; 95% intervals below; a star: the interval excludes zero also when widened for all {len(pairs)} rows. {source_note(profile)}"
     line = lambda cells: "| " + " | ".join(cells) + " |"
