@@ -425,7 +425,8 @@ def overview_html(nbs:dict, profiles:dict, top:bool=False, others=())->str: # HT
     at = lambda n: f"{profiles[n]}/" if top else ""
     href, named = (lambda n: f"{at(n)}pages/{n}.html"), len(set(profiles.values()))>1
     profile, tag = ", ".join(dict.fromkeys(profiles[n] for n in nbs)), lambda n: f' <span class="tag">profile {profiles[n]}</span>' if named else ""
-    main = [next((o.data["text/html"] for nb in nbs.values() for o in roles(nb, "banner")), ""), f"<h1>PCAN, replicated: what came out</h1><p>{LEAD}</p>"]
+    first = next((o.data["text/html"] for nb in nbs.values() for o in roles(nb, "banner")), "")
+    main = [re.sub(r' <span class="tag">.*?</span>', "", first) if named else first, f"<h1>PCAN, replicated: what came out</h1><p>{LEAD}</p>"]
     rows = [(n, heading(nb), v) for n,nb in nbs.items() for v in _meta(nb, "verdict")]
     main += ['<ul class="verdicts">'] + [
         f'<li><a href="{href(n)}">{html.escape(title)}</a>{tag(n)} <span class="why">{html.escape(question)}</span>'
