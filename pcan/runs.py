@@ -464,7 +464,7 @@ def repairs(profile):
     one = lambda **kw: (lambda s: alone("repaired", profile, s, **kw))
     return {"PoseConv3D": lambda s: alone("poseconv3d", profile, s), "cosine classifier": one(**_OFF, cosine=True), "late body head": one(**_LATE),
             "late body head, τ = ¼": one(**_LATE, adjust=.25), "late body head, τ = ½": one(**_LATE, adjust=.5),
-            "repaired": one(), "repaired, vote ½": one(vote=.5), "repaired, tree ½": one(tree=.5)}
+            "repaired": one(), "repaired, vote ½": one(vote=.5), "repaired, tree ½": one(tree=.5), "repaired, from the start": one(delay=(0.,0.))}
 repairs.seeds = lambda profile: (0,) if profile in ("smoke","quick") else (0,1,2,3,4)
 
 # %% ../nbs/71_runs.ipynb #71-runs-35
