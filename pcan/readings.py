@@ -6,7 +6,7 @@
 __all__ = ['THEMES', 'LEDGER', 'Row', 'flat', 'two_readings', 'values', 'ledger', 'as_markdown', 'missing', 'arms']
 
 # %% ../nbs/65_readings.ipynb #65-readings-02
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from .model import GROUPS, RELEASED, Method, flip
 
 # %% ../nbs/65_readings.ipynb #65-readings-05
