@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from torch.utils.data import DataLoader, Dataset, Sampler
-from .augment import ClipSpec, compact_box, crop, random_box, resize, sample_uniform, to_box
+from .augment import ClipSpec, compact_box, crop, random_box, resize, sample_dense, sample_uniform, to_box
 from .files import DataError, data_dir, load_pickle, pool, read_json, sha256_file, sha256_json, write_json
 from .skeleton import V
 from .tree import MA52
@@ -331,10 +331,12 @@ def _getitem(self, i:int)->dict:
     s, S, i = self.spec, self.spec.side, int(i)
     rng = _rng(self.seed, self.epoch, i)
     n, T = 1 if self.train else s.clips_test, len(self.keypoint[i])
-    def pick(length): # (n,length) frame numbers
+    def pick(length, interval=0): # (n,length) frame numbers
         if not length: return np.zeros((n,0), int)
-        return sample_uniform(T, length, n, not self.train, rng if self.train else None)
-    at_rgb, at_pose = pick(s.rgb_frames), pick(s.pose_frames)
+        draw = rng if self.train else None
+        return sample_dense(T, length, interval, n, not self.train, draw) if interval else sample_uniform(T, length, n, not self.train, draw)
+    at_rgb = pick(s.rgb_frames, s.interval)
+    at_pose = at_rgb if s.paired and s.pose_frames else pick(s.pose_frames)
     box = random_box((S,S), s.area, s.ratio, rng) if self.train else np.array([0,0,S,S])
     rgb = self.frames(i, at_rgb.ravel()) if s.rgb_frames else np.zeros((0,S,S,3), np.uint8)
     rgb, kp = rgb.reshape(*at_rgb.shape, S, S, 3), self.keypoint[i][at_pose]

@@ -29,7 +29,7 @@ class ActionTree:
     @property
     def K_B(self)->int: return len(self.bodies)
     @cached_property
-    def parent(self)->torch.Tensor: return torch.tensor(self.parents)  # (K_A,)
+    def parent(self)->torch.Tensor: return torch.tensor(self.parents, device="cpu")  # (K_A,); kept, so not on whatever device is the default just now
 
     def children(self, b:int)->list: return [k for k,p in enumerate(self.parents) if p==b]
 

@@ -17,6 +17,7 @@ from pcan.augment import (
     prepare,
     random_box,
     resize,
+    sample_dense,
     sample_uniform,
     to_box,
 )
@@ -178,3 +179,35 @@ def test_sizes_of_train_and_test():
 def test_unknown_field_fails():
     with pytest.raises(TypeError):
         ClipSpec(rgb_frame=8)
+
+
+def test_dense_sampling():
+    one = sample_dense(60, 16, 2, test=True)[0]
+    assert one[0] == 14 and (np.diff(one) == 2).all(), "one clip at the test: the middle"
+    many = sample_dense(60, 16, 2, 5, test=True)
+    assert many[:, 0].tolist() == [0, 7, 14, 21, 28] and many.max() < 60
+    starts = {int(sample_dense(60, 16, 2, rng=np.random.RandomState(i))[0, 0]) for i in range(500)}
+    assert starts == set(range(29)), "every start that fits, and no other"
+    assert sample_dense(20, 16, 2, test=True)[0].tolist() == [i * 2 % 20 for i in range(16)], "too short: run through again"
+    with pytest.raises(ValueError, match="0 frames"):
+        sample_dense(0, 8, 2)
+
+
+def test_joints_are_mirrored_like_heatmaps():
+    b, spec = batch(), replace(THIN, pose_as="joints")
+    flags = torch.zeros(len(b["flip"]), dtype=torch.bool)
+    a, m = (prepare({**b, "flip": f}, spec, True)[1] for f in (flags, ~flags))
+    order = list(range(28))
+    for i, j in FLIP_PAIRS:
+        order[i], order[j] = j, i
+    found = a[..., 2] > 0
+    assert found.any() and torch.allclose(m[:, :, order][..., 0][found], -a[..., 0][found], atol=1e-5)
+    assert torch.allclose(m[:, :, order][..., 1:][found], a[..., 1:][found], atol=1e-5)
+    assert not a[~found].any()
+
+
+def test_impossible_specs():
+    with pytest.raises(ValueError, match="pose_as: found 'joint'"):
+        ClipSpec(pose_as="joint")
+    with pytest.raises(ValueError, match="8 RGB and 32 pose frames"):
+        ClipSpec(paired=True)
