@@ -1,13 +1,15 @@
-# make reports            train what is missing, execute the experiments, write reports/index.html
-# make reports FRESH=1    the same from nothing, into reports/fresh, beside the committed results
-# make test               notebooks and package in sync, notebook tests, pytest, a smoke run of every experiment
+# make reports               train what is missing, execute the experiments, write reports/index.html
+# make reports FRESH=1       the same from nothing, into reports/fresh, beside the committed results
+# make reports SYSTEMS=all   with the fourteen other systems of Table 1
+# make test                  notebooks and package in sync, notebook tests, pytest, a smoke run of every experiment
+# make test-slow             every system at the paper's size, forward and backward: minutes
 PROFILE ?= quick
 PYTHON  ?= python3
 VENV    ?= .venv
 BIN     := $(VENV)/bin
 JOBS    ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help install reports test notebooks readme data clean
+.PHONY: help install reports test test-slow notebooks readme data clean
 help:
 	@grep '^# make' Makefile | cut -c3-
 
@@ -20,7 +22,7 @@ $(VENV)/.installed: constraints.txt settings.ini setup.py
 
 reports: install
 	$(BIN)/nbdev_export
-	$(BIN)/pcan_report --profile $(PROFILE) $(if $(FRESH),--fresh)
+	$(BIN)/pcan_report --profile $(PROFILE) $(if $(SYSTEMS),--systems $(SYSTEMS)) $(if $(FRESH),--fresh)
 
 data: install
 	$(BIN)/pcan_synth $(PROFILE)
@@ -28,6 +30,9 @@ data: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(JOBS) --do_print
 	$(BIN)/python -m pytest
+
+test-slow: install
+	OMP_NUM_THREADS=$(JOBS) $(BIN)/python -m pytest -m slow
 
 readme: install
 	$(BIN)/python -m pcan.docs

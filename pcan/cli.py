@@ -45,7 +45,7 @@ def synth(argv=None):
 def train(argv=None):
     "Train one run, or all runs of a table, or go on with them, and print what they reached. A finished run is only read."
     p = _parser("train", description=train.__doc__)
-    p.add_argument("system", nargs="?", default="pcan", help="pcan, poseconv3d or repaired")
+    p.add_argument("system", nargs="?", default="pcan", help="a row of pcan.systems: pcan, poseconv3d, tsn, stgcn ...")
     _profile(p)
     p.add_argument("--seed", type=int, nargs="*", default=None, help="one or several; 0, or with --table the table's own")
     p.add_argument("--reading", default="paper", help="of pcan: paper or released")
@@ -53,7 +53,7 @@ def train(argv=None):
     p.add_argument("--start", default=None, help="first weights: random, single (networks of one stream, trained first) or imagenet")
     p.add_argument("--lam", type=float, default=None, help="λ of the hierarchical loss, Eq. 2")
     p.add_argument("--alpha", type=float, nargs=3, default=None, metavar=("A1","A2","A3"), help="weights of the three FN sets, Eq. 5")
-    p.add_argument("--table", default=None, help="instead of one run all runs of table1, table2, table3, readings, choices or repaired")
+    p.add_argument("--table", default=None, help="instead of one run all runs of table1, systems, table2, table3, readings, choices or repaired")
     p.add_argument("--config", type=Path, help="config.json of a run, instead of all the above")
     p.add_argument("--minutes", type=float, default=None, help="stop after so long, to go on another time (status 3)")
     p.add_argument("--jobs", type=int, default=None, help="runs trained side by side; one per core by default, one on a GPU")
@@ -83,6 +83,7 @@ def report(argv=None):
     p = _parser("report", description=report.__doc__)
     _profile(p)
     p.add_argument("--only", nargs="*", help="experiments to execute; all by default")
+    p.add_argument("--systems", choices=("main", "all"), default="main", help="all: the fourteen other systems of Table 1 too")
     p.add_argument("--jobs", type=int, default=None, help="runs trained side by side; one per core by default")
     p.add_argument("--fresh", action="store_true", help="train everything again, into reports/fresh, and compare with what stands in reports")
     a = p.parse_args(argv)
@@ -91,8 +92,9 @@ def report(argv=None):
     profile_of(a.profile)
     before = reports_dir(a.profile)
     if a.fresh: os.environ["PCAN_REPORTS"] = str(root()/"reports"/"fresh")
-    make_reports(a.profile, only=a.only, jobs=a.jobs)
-    if a.fresh: print(agreement(runs_of(a.profile), before/"runs"))
+    more = ("systems",) if a.systems=="all" else ()
+    make_reports(a.profile, only=a.only, jobs=a.jobs, more=more)
+    if a.fresh: print(agreement(runs_of(a.profile, more), before/"runs"))
 
 # %% ../nbs/74_cli.ipynb #74-cli-13
 @_command

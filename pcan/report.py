@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'THOROUGH', 'THOROUGH_IN', 'COMMAND', 'METRICS', 'COLUMNS', 'BANNERS', 'VERSIONS', 'CSS', 'SERIOUS',
            'LEAD', 'folder', 'tidy', 'save_table', 'read_table', 'paper_table', 'emit', 'kind', 'source_note', 'banner',
-           'data_line', 'note', 'facts', 'wide', 'unit', 'table_html', 'table_markdown', 'show_table',
+           'data_line', 'note', 'facts', 'wide', 'unit', 'table_html', 'table_markdown', 'show_groups', 'show_table',
            'difference_table', 'conclude', 'duration', 'provenance', 'shell', 'menu', 'roles', 'heading', 'page',
            'experiments_of', 'execute', 'executed', 'summary', 'best', 'overview_html', 'overview_markdown', 'index',
            'build', 'runs_of', 'make_reports']
@@ -22,11 +22,11 @@ from .verdicts import Verdict, difference
 # %% ../nbs/72_report.ipynb #72-report-05
 #: Experiment notebooks in reading order, and what the menu calls them.
 EXPERIMENTS = dict(benchmark="Benchmark", table1="Table 1", table2="Table 2", table3="Table 3",
-                   figure3="Figure 3", figure4="Figure 4", figure5="Figure 5", curves="Curves",
+                   figure3="Figure 3", figure4="Figure 4", figure5="Figure 5", curves="Curves", systems="Systems",
                    readings="Readings", repaired="Repaired")
 
-#: Experiments with many runs, each trained to the end before any are compared: part of these profiles, elsewhere on request.
-THOROUGH, THOROUGH_IN = ("readings", "repaired"), ("smoke", "bench")
+#: Experiments with many runs of their own: part of these profiles, elsewhere on request.
+THOROUGH, THOROUGH_IN = ("systems", "readings", "repaired"), ("smoke", "bench")
 
 #: The command that makes a report again, `{profile}` filled in.
 COMMAND = "make reports PROFILE={profile}"
@@ -175,12 +175,45 @@ def table_markdown(rows, paper, profile:str)->str:
     if paper is not None: out += [line([f"*paper, MA-52: {v}*", *(f"*{paper.at[v, m]:.2f}*" for m in mean)]) for v in paper.index]
     return "\n".join(out)
 
+# %% ../nbs/72_report.ipynb #72-report-24
+def _beside(rows, paper, more): # -> the cells of both forms: function from variant and column to (ours, the paper's or empty)
+    mean, std, n = wide(rows); best = mean.drop("Majority class", errors="ignore").round(2).max()
+    def cell(v, m, bold="**{}**"):
+        if m not in mean: return more.at[v, m] if v in more.index else "", ""
+        ours = f"{mean.at[v, m]:.2f}"
+        if v!="Majority class" and round(mean.at[v, m], 2)==best[m]: ours = bold.format(ours)
+        return ours + ("" if np.isnan(std.at[v, m]) else f" ±{std.at[v, m]:.2f}"), f"{paper.at[v, m]:.2f}" if v in paper.index else ""
+    return mean.join(more), cell
+
+def show_groups(
+    rows:list,      # tidy rows
+    groups:dict,    # heading -> variants below it
+    more,           # DataFrame of further columns: text, by variant; its columns are headings
+    name:str, profile:str, caption:str,
+    paper,          # DataFrame of the paper's numbers
+):
+    "Save tidy rows and show them under headings, the paper's number below each of ours."
+    save_table(rows, name, profile)
+    table, cell = _beside(rows, paper, more)
+    def td(v, m):
+        ours, theirs = cell(v, m, "<b>{}</b>")
+        return ours + (f'<br><span class="sd">{theirs}</span>' if theirs else "")
+    heads = {m: METRICS.get(m, m) for m in table}
+    text = f"{caption} {unit(wide(rows)[2])} Below ours, in grey, the paper's number on MA-52{'' if kind(profile)=='real' else ', for orientation only'}. {source_note(profile)}"
+    head = "".join(f'<th scope="col">{h}</th>' for h in heads.values())
+    page = f'<table class="results"><caption>{html.escape(text)}</caption><thead><tr><td></td>{head}</tr></thead>{"".join(_block(g, table.loc[vs], td, "ours") for g,vs in groups.items())}</table>'
+    line = lambda cells: "| " + " | ".join(cells) + " |"
+    md = [line(["", *(h.replace("<br>", " ") for h in heads.values())]), "|---|" + "--:|"*len(heads)]
+    md += [line([v, *(" ".join(filter(None, (o, t and f"*({t})*"))) for o,t in (cell(v, m) for m in table))]) for vs in groups.values() for v in vs]
+    emit("table", page, "\n".join(md), name=name, caption=text)
+
+# %% ../nbs/72_report.ipynb #72-report-25
 def show_table(rows:list, name:str, profile:str, caption:str, paper=None):
     "Save tidy rows and show them beside the paper's."
     save_table(rows, name, profile)
     emit("table", table_html(rows, paper, profile, caption), table_markdown(rows, paper, profile), name=name, caption=f"{caption} {unit(wide(rows)[2])} {source_note(profile)}")
 
-# %% ../nbs/72_report.ipynb #72-report-24
+# %% ../nbs/72_report.ipynb #72-report-27
 def difference_table(
     pairs:dict,   # label -> (ours, theirs): lists of `Predictions`, one per seed
     metrics,      # names of `METRICS`
@@ -205,7 +238,7 @@ def difference_table(
     emit("differences", f'<table class="results"><caption>{html.escape(note)}</caption><thead><tr><td></td>{head}</tr></thead><tbody class="ours">{body}</tbody></table>', md, name=name, caption=note)
     return found
 
-# %% ../nbs/72_report.ipynb #72-report-28
+# %% ../nbs/72_report.ipynb #72-report-31
 def conclude(verdicts:list, profile:str, seeds:int=1):
     "Show one line per claim. A smoke run decides nothing."
     if kind(profile)=="smoke": verdicts = [Verdict(v.claim, "cannot be told", f"a smoke run decides nothing; {v.why}") for v in verdicts]
@@ -220,7 +253,7 @@ def conclude(verdicts:list, profile:str, seeds:int=1):
     md = "\n".join(f"- **{v.outcome}**: {v.claim} {v.why}" for v in verdicts) + (f"\n\n{note}" if note else "")
     emit("verdict", page, md, tally=short, headline=verdicts[0].claim, why=verdicts[0].why if len(verdicts[0].why)<150 else "", outcomes=[v.outcome for v in verdicts])
 
-# %% ../nbs/72_report.ipynb #72-report-31
+# %% ../nbs/72_report.ipynb #72-report-34
 def duration(seconds:float)->str:
     "Seconds for people."
     s = int(round(seconds)); h, m = s//3600, s%3600//60
@@ -241,7 +274,7 @@ def provenance(results:list, profile:str):
     rows = "".join(f"<dt>{k}</dt><dd>{f'<code>{html.escape(v)}</code>' if k=='Again' else html.escape(v)}</dd>" for k,v in facts.items() if v)
     emit("provenance", f'<dl class="provenance">{rows}<dt>Runs</dt><dd>{runs or "none"}</dd></dl>')
 
-# %% ../nbs/72_report.ipynb #72-report-34
+# %% ../nbs/72_report.ipynb #72-report-37
 CSS = """
 :root{color-scheme:light dark;--bg:#fdfdfb;--ink:#1c2126;--soft:#5b6670;--line:#dde1e4;--panel:#f3f5f6;--link:#0a5a9c;
  --good:#00694c;--bad:#a33b00;--open:#56616b;--warn-bg:#fff4d6;--warn:#6a4a00;--alarm-bg:#b3261e;--alarm:#fff}
@@ -268,7 +301,7 @@ pre{overflow-x:auto;padding:.8rem 1rem;background:var(--panel);border-radius:6px
 .data,.note{font-size:.92rem;color:var(--soft)}
 """
 
-# %% ../nbs/72_report.ipynb #72-report-35
+# %% ../nbs/72_report.ipynb #72-report-38
 CSS += """
 .scroll{overflow-x:auto;margin:1.2rem 0;max-width:100%}
 table{border-collapse:separate;border-spacing:0;font-size:.92rem;line-height:1.4;font-variant-numeric:tabular-nums lining-nums}
@@ -300,7 +333,7 @@ footer{background:var(--panel);font-size:.86rem} footer h2{font-size:.95rem;marg
 @media print{:root{--bg:#fff;--ink:#000;--soft:#444;--line:#bbb;--panel:#fff;--link:#000} nav,details{display:none} body{font-size:10.5pt} figure,table,li{break-inside:avoid} .scroll{overflow:visible}}
 """
 
-# %% ../nbs/72_report.ipynb #72-report-36
+# %% ../nbs/72_report.ipynb #72-report-39
 def shell(title:str, nav:str, main:str, foot:str="")->str: # a whole HTML document
     "The frame around every page. `title` is escaped; the rest is HTML."
     foot = f'<footer><div><h2>Where this comes from</h2>{foot}</div></footer>' if foot else ""
@@ -332,7 +365,7 @@ def _output(o)->str: # HTML of one output, "" for what a page leaves out
     if "text/markdown" in data: return _markdown(data["text/markdown"])
     return f'<pre>{html.escape(data.get("text/plain", ""))}</pre>'
 
-# %% ../nbs/72_report.ipynb #72-report-37
+# %% ../nbs/72_report.ipynb #72-report-40
 def roles(nb, role:str): # yields outputs
     "The outputs of a notebook that carry a role."
     for c in nb.cells:
@@ -364,10 +397,10 @@ def page(
     main.append(f"<details><summary>The code of this page</summary><pre><code>{listing}</code></pre></details>")
     return shell(heading(nb)[0] or "PCAN, replicated", nav, "\n".join(top+main), "".join(foot))
 
-# %% ../nbs/72_report.ipynb #72-report-41
-def experiments_of(profile:str)->list: # names
-    "What a report of this profile holds."
-    return [n for n in EXPERIMENTS if n not in THOROUGH or profile in THOROUGH_IN]
+# %% ../nbs/72_report.ipynb #72-report-44
+def experiments_of(profile:str, more=())->list: # names
+    "What a report of this profile holds, and `more` of the thorough ones."
+    return [n for n in EXPERIMENTS if n not in THOROUGH or profile in THOROUGH_IN or n in more]
 
 def _clean(nb, name, profile):
     "Remove what differs between two executions of the same notebook."
@@ -396,7 +429,7 @@ def execute(
         with atomic(out[-1], "w") as f: f.write(nbformat.writes(_clean(nb, n, profile)) + "\n")
     return out
 
-# %% ../nbs/72_report.ipynb #72-report-43
+# %% ../nbs/72_report.ipynb #72-report-46
 SERIOUS = ("paper", "bench", "quick")  # most serious first
 LEAD = ("A replication of Li et al., Prototypical Calibrating Ambiguous Samples for Micro-Action Recognition (AAAI 2025). Every page puts our numbers beside "
         "the paper's, says which claims they support, and names the runs they come from.")
@@ -442,7 +475,7 @@ def overview_html(nbs:dict, profiles:dict, top:bool=False, others=())->str: # HT
     foot = next((o.data["text/html"] for n in ("table1", *nbs) if n in nbs for o in roles(nbs[n], "provenance")), "")
     return shell(f"PCAN, replicated ({profile})", menu(nbs, href=href), "\n".join(main), foot)
 
-# %% ../nbs/72_report.ipynb #72-report-44
+# %% ../nbs/72_report.ipynb #72-report-47
 def overview_markdown(nbs:dict, profiles:dict)->str:
     "The overview for GitHub, to stand in `reports/`."
     kinds = list(dict.fromkeys(kind(profiles[n]) for n in nbs))
@@ -481,22 +514,24 @@ def build(profile:str="smoke", only=None)->list: # paths
         with atomic(out[-1], "w") as f: f.write(page(nb, menu(nbs, here=n, up="../index.html")))
     return out
 
-# %% ../nbs/72_report.ipynb #72-report-46
-def runs_of(profile:str)->list: # of `Run`, none twice
-    "All runs behind a report."
+# %% ../nbs/72_report.ipynb #72-report-49
+def runs_of(profile:str, more=())->list: # of `Run`, none twice
+    "All runs behind a report, and `more` of the thorough experiments."
     from pcan.runs import plan
-    tables = ("table1", "table2", "table3", *(("readings", "choices", "repaired") if profile in THOROUGH_IN else ()))
+    thorough = THOROUGH if profile in THOROUGH_IN else more
+    tables = ("table1", "table2", "table3", *thorough, *(("choices",) if "repaired" in thorough else ()))
     return list({r.name: r for t in tables for rs in plan(t, profile).values() for r in rs}.values())
 
 def make_reports(
     profile:str="smoke", # a name from `pcan.runs.PROFILES`
     only=None,           # experiments to execute; all by default
     jobs:int=None,       # training processes side by side
+    more=(),             # thorough experiments that are not part of the profile: "systems" ...
 ):                       # -> Path of the overview
     "Make the data, train what is missing, execute the notebooks, build the pages. Prints where the result is."
     from pcan.runs import ensure_data, get_all
     ensure_data(profile)
-    if not only: get_all(runs_of(profile), jobs=jobs)    # one bar; with `only`, a notebook asks for what it needs
-    done = execute(profile, only); build(profile); path = index(profile)
+    if not only: get_all(runs_of(profile, more), jobs=jobs)    # one bar; with `only`, a notebook asks for what it needs
+    done = execute(profile, only or experiments_of(profile, more)); build(profile); path = index(profile)
     print(f"{len(done)} experiments, profile {profile}: {path}")
     return path

@@ -70,7 +70,7 @@ def test_a_one_stream_run_goes_on_from_one(store):
     first, = runs.singles(run)
     assert (first.system, first.stream, first.method, first.start)==("poseconv3d", "pose", None, "random")
     state = runs.weights(first)
-    runs.seed_epoch(0, -1); model, _ = runs.SYSTEMS["pcan"](run); runs.begin(run, model)
+    runs.seed_epoch(0, -1); model, _ = runs.SYSTEMS["pcan"].build(run); runs.begin(run, model)
     assert all(torch.equal(v, state[f"backbone.{k}"]) for k,v in model.backbone.state_dict().items())
     assert runs.get(run, progress=False).metrics["test"].keys()=={"pose", "fused"}
     (first.path/"model.safetensors").unlink()
@@ -79,11 +79,11 @@ def test_a_one_stream_run_goes_on_from_one(store):
 def test_two_streams_begin_as_the_two_they_are_made_of(store):
     run = runs.make("poseconv3d", "smoke", start="single")
     runs.get_all(runs.singles(run), jobs=1, progress=False)
-    model, _ = runs.SYSTEMS["poseconv3d"](run); runs.begin(run, model); model.eval()
+    model, _ = runs.SYSTEMS["poseconv3d"].build(run); runs.begin(run, model); model.eval()
     rgb, pose = torch.randn(2, 6, 4, 32, 32), torch.rand(2, 28, 8, 12, 12)
     both = model.backbone(rgb, pose)
     for s,x,y in zip(runs.STREAMS, (rgb, pose), both):
-        one, _ = runs.SYSTEMS["poseconv3d"](next(r for r in runs.singles(run) if r.stream==s))
+        one, _ = runs.SYSTEMS["poseconv3d"].build(next(r for r in runs.singles(run) if r.stream==s))
         one.load_state_dict(runs.weights(next(r for r in runs.singles(run) if r.stream==s)))
         torch.testing.assert_close(one.backbone.eval()(x), y, atol=1e-4, rtol=1e-4)
 
@@ -95,11 +95,11 @@ def test_imagenet_weights_come_in_inflated(store, monkeypatch):
         def resnet50(weights): assert weights=="IMAGENET1K_V1"; return net
     monkeypatch.setattr(slowonly, "image_models", lambda: Models)
     run = runs.make("poseconv3d", "paper", start="imagenet", stream="rgb")
-    model, _ = runs.SYSTEMS["poseconv3d"](run); runs.begin(run, model)
+    model, _ = runs.SYSTEMS["poseconv3d"].build(run); runs.begin(run, model)
     got = model.backbone.layer3[0].conv1.conv.weight
     assert got.shape[2]==3 and torch.equal(got[:,:,1], net.layer3[0].conv1.weight[:,:,0,0][...,None,None]) and not got[:,:,[0,2]].any()
     with pytest.raises(ValueError, match="does not fit the pathway"):
-        thin = runs.make("poseconv3d", "smoke", start="imagenet"); runs.begin(thin, runs.SYSTEMS["poseconv3d"](thin)[0])
+        thin = runs.make("poseconv3d", "smoke", start="imagenet"); runs.begin(thin, runs.SYSTEMS["poseconv3d"].build(thin)[0])
 
 def test_read_outs_share_a_training(store):
     plain, voted = runs.alone("repaired", "smoke", vote=0.), runs.alone("repaired", "smoke", vote=5., adjust=.5)
