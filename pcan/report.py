@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'THOROUGH', 'THOROUGH_IN', 'COMMAND', 'METRICS', 'COLUMNS', 'BANNERS', 'VERSIONS', 'CSS', 'SERIOUS',
            'LEAD', 'folder', 'tidy', 'save_table', 'read_table', 'paper_table', 'emit', 'kind', 'source_note', 'banner',
-           'data_line', 'note', 'facts', 'wide', 'unit', 'table_html', 'table_markdown', 'show_groups', 'show_table',
-           'difference_table', 'conclude', 'duration', 'provenance', 'shell', 'menu', 'roles', 'heading', 'page',
-           'experiments_of', 'execute', 'executed', 'summary', 'best', 'overview_html', 'overview_markdown', 'index',
-           'build', 'runs_of', 'make_reports']
+           'data_line', 'note', 'facts', 'wide', 'unit', 'table_html', 'table_markdown', 'show_groups', 'show_texts',
+           'show_table', 'difference_table', 'conclude', 'duration', 'provenance', 'shell', 'menu', 'roles', 'heading',
+           'page', 'experiments_of', 'execute', 'executed', 'summary', 'best', 'overview_html', 'overview_markdown',
+           'index', 'build', 'runs_of', 'make_reports']
 
 # %% ../nbs/72_report.ipynb #72-report-02
 import html, re
@@ -208,6 +208,15 @@ def show_groups(
     emit("table", page, "\n".join(md), name=name, caption=text)
 
 # %% ../nbs/72_report.ipynb #72-report-25
+def show_texts(t, name:str, profile:str, caption:str):
+    "Show a DataFrame of text, one row per name in its index; its columns are headings."
+    caption = f"{caption} {source_note(profile)}"
+    head = "".join(f'<th scope="col">{c}</th>' for c in t)
+    line = lambda cells: "| " + " | ".join(cells) + " |"
+    md = [line(["", *(c.replace("<br>", " ") for c in t)]), "|---|" + "--:|"*t.shape[1], *(line([v, *t.loc[v]]) for v in t.index)]
+    body = "".join(f'<tr><th scope="row">{html.escape(v)}</th>' + "".join(f"<td>{html.escape(x)}</td>" for x in t.loc[v]) + "</tr>" for v in t.index)
+    emit("table", f'<table class="results"><caption>{html.escape(caption)}</caption><thead><tr><td></td>{head}</tr></thead><tbody class="ours">{body}</tbody></table>', "\n".join(md), name=name, caption=caption)
+
 def show_table(rows:list, name:str, profile:str, caption:str, paper=None):
     "Save tidy rows and show them beside the paper's."
     save_table(rows, name, profile)
