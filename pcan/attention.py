@@ -31,7 +31,7 @@ def check_clip(
 # %% ../nbs/82_attention.ipynb #82-attention-27
 class VideoSwin(nn.Module):
     "Video Swin Transformer: attention in boxes, which move in every second block. The defaults are Swin-T."
-    thin = dict(in_channels=6, patch=(2,8,8), embed=48, depths=(2,2), heads=(3,6), window=(2,4,4))
+    thin = dict(in_channels=6, patch=(2,8,8), embed=48, depths=(2,2), heads=(3,6), window=(2,4,4), drop_path=0., dropout=.1)
     head = 'net.head.'
 
     def __init__(self,
@@ -193,7 +193,7 @@ class Tokens(nn.Module):
 # %% ../nbs/82_attention.ipynb #82-attention-58
 class UniFormer(nn.Module):
     "Local relations while maps are large, global ones when they are small. The defaults are UniFormer-S; B has depths (5,8,20,7)."
-    thin = dict(in_channels=6, widths=(16,32,64,128), depths=(1,1,2,1), head_dim=16)
+    thin = dict(in_channels=6, widths=(16,32,64,128), depths=(1,1,2,1), head_dim=16, drop_path=0.)
     head = 'fc.'
 
     def __init__(self,

@@ -126,6 +126,7 @@ def _sgd(lr:float, base:int, **more): # the recipe's rate, made for batches of `
 
 _SWIN = dict(name="adamw", weight_decay=.02, epochs=30, schedule="cosine", warmup=2.5, clip=0.)
 _FRAME = dict(group="2D CNN", start="imagenet", images=photos)
+_TOKENS = dict(group="Transformer", thin_optim=dict(lr=1e-3))
 _STRETCH = dict(rgb_frames=32, interval=2)                                             # 64 frames, about a clip of MA-52
 _WHOLE = dict(pose_as="joints", area=(1.,1.), ratio=(1.,1.))                           # coordinates, never cropped
 _GRAPH = dict(group="GCN", clip=dict(**_WHOLE, pose_frames=100, flip=0.), thin_clip=_WHOLE,
@@ -137,15 +138,15 @@ SYSTEMS = dict(
     tsm = one("TSM", TSM, "rgb", **_FRAME, optim=_sgd(.02, 128, epochs=50, milestones=(25,45), warmup=5., clip=20., rule="fc_lr5")),
     manet = one("MANet", MANet, "rgb", lambda: MANetLoss(label_vectors()), **_FRAME, optim=_sgd(.00125, 10, epochs=80, milestones=(30,60), clip=20., rule="fc_lr5")),
     c3d = one("C3D", C3D, "rgb", group="3D CNN", clip=dict(rgb_frames=16, interval=1, rgb_size=112, mean=(104.,117.,128.), std=(1.,1.,1.)),
-              thin_clip=dict(rgb_frames=16), optim=_sgd(.001, 240, weight_decay=5e-4, epochs=45, milestones=(20,40))),
+              thin_clip=dict(rgb_frames=16), thin_optim=dict(lr=3e-3), optim=_sgd(.001, 240, weight_decay=5e-4, epochs=45, milestones=(20,40))),
     i3d = one("I3D", I3D, "rgb", group="3D CNN", start="imagenet", images=photos, clip=dict(**_STRETCH, test_size=256),
               thin_clip=dict(rgb_frames=16), optim=_sgd(.01, 64, epochs=100, milestones=(40,80))),
     slowfast = one("SlowFast", SlowFast, "rgb", group="3D CNN", clip=dict(**_STRETCH, test_size=256),
                    thin_clip=dict(rgb_frames=16), optim=_sgd(.1, 64, epochs=256, schedule="cosine", warmup=34.)),
-    swin = one("VSwinT", VideoSwin, "rgb", group="Transformer", start="imagenet", images=published, clip=_STRETCH, optim=_sgd(1e-3, 64, rule="swin", **_SWIN)),
-    timesformer = one("TimeSformer", TimeSformer, "rgb", group="Transformer", start="imagenet", images=published, clip=dict(mean=(127.5,)*3, std=(127.5,)*3),
+    swin = one("VSwinT", VideoSwin, "rgb", **_TOKENS, start="imagenet", images=published, clip=_STRETCH, optim=_sgd(1e-3, 64, rule="swin", **_SWIN)),
+    timesformer = one("TimeSformer", TimeSformer, "rgb", **_TOKENS, start="imagenet", images=published, clip=dict(mean=(127.5,)*3, std=(127.5,)*3),
                       optim=_sgd(.005, 64, nesterov=True, epochs=15, milestones=(5,10), rule="timesformer")),
-    uniformer = one("UniFormer", UniFormer, "rgb", group="Transformer", clip=dict(rgb_frames=16, mean=(114.75,)*3, std=(57.375,)*3), optim=_sgd(1e-3, 64, **_SWIN)),
+    uniformer = one("UniFormer", UniFormer, "rgb", **_TOKENS, clip=dict(rgb_frames=16, mean=(114.75,)*3, std=(57.375,)*3), optim=_sgd(1e-3, 64, **_SWIN)),
     stgcn = one("ST-GCN", STGCN, "pose", **_GRAPH),
 )
 SYSTEMS |= {"2sagcn": one("2s-AGCN", TwoStreamAGCN, "pose", **_GRAPH), "ctrgcn": one("CTR-GCN", CTRGCN, "pose", **_GRAPH)}
