@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SYSTEMS', 'System', 'Network', 'follows', 'sized', 'one', 'backbone_of', 'join_pathways', 'inflate_rgb', 'photos',
-           'published', 'photos_18', 'join_branches', 'b2c', 'shapes_of', 'shape_of', 'bill']
+           'published', 'photos_18', 'join_branches', 'b2c', 'shapes_of', 'shape_of', 'bill', 'speeds']
 
 # %% ../nbs/89_systems.ipynb #89-systems-02
-import inspect, torch
+import inspect, statistics, time, torch
 from dataclasses import dataclass, field
 from torch import nn
 from .attention import TimeSformer, UniFormer, VideoSwin, pretrained
@@ -20,6 +20,7 @@ from .repaired import repaired
 from .rgbpose import RGBPoseConv3D, join_
 from .skeleton import EDGES, V
 from .slowonly import SlowOnly, image_models, inflate
+from .train import laid_out, make_optimizer
 from .tree import MA52
 
 # %% ../nbs/89_systems.ipynb #89-systems-05
@@ -188,3 +189,29 @@ def bill(run)->tuple: # parameters, operations
         model = SYSTEMS[run.system].build(run)[0].eval().requires_grad_(False)
         with FlopCounterMode(display=False) as count: model(*(torch.empty(s) if s else None for s in shapes_of(run).values()))
     return sum(p.numel() for p in model.parameters()), count.get_total_flops()
+
+# %% ../nbs/89_systems.ipynb #89-systems-21
+def speeds(
+    runs:dict,     # label -> run
+    turns:int=5,   # steps of each, after one that does not count
+    batch:int=32,  # clips in a step
+)->dict:           # label -> clips per second
+    "Training speed of several systems, measured in turns."
+    threads = torch.get_num_threads(); torch.set_num_threads(1)
+    steps = {n: _step(r, batch) for n,r in runs.items()}
+    took = {n: [] for n in steps}
+    for turn in range(turns+1):
+        for n,step in steps.items():
+            began = time.perf_counter(); step()
+            if turn: took[n].append(time.perf_counter()-began)
+    torch.set_num_threads(threads)
+    return {n: batch/statistics.median(t) for n,t in took.items()}
+
+def _step(run, batch): # a function that takes one training step
+    model, loss = SYSTEMS[run.system].build(run)
+    model, optimizer = laid_out(model).train(), make_optimizer(model, run.optim)
+    x, y = [torch.randn(batch, *s[1:]) if s else None for s in shapes_of(run).values()], torch.arange(batch)%MA52.K_A
+    def step():
+        loss(model(*x), y)[0].backward()
+        optimizer.step(); optimizer.zero_grad(set_to_none=True)
+    return step
