@@ -6,9 +6,9 @@
 __all__ = ['PROFILES', 'RECIPE', 'KEPT', 'ALPHAS', 'LAMBDAS', 'LONG', 'Profile', 'profile_of', 'Run', 'stated', 'make', 'seen',
            'check_asked', 'from_dict', 'singles', 'weights', 'trained_as', 'begin', 'data_identity', 'ensure_data',
            'has_video', 'data_root', 'clips_of', 'Result', 'with_fused', 'kept', 'measure', 'environment', 'locked',
-           'get', 'score', 'train', 'adopt', 'cost', 'start', 'fill_cache', 'epochs_done', 'RunError', 'TimeUp',
-           'get_all', 'table1', 'systems', 'table2', 'table3', 'alone', 'readings', 'choices', 'repairs', 'plan',
-           'agreement']
+           'get', 'score', 'train', 'adopt', 'cost', 'start', 'fill_cache', 'epochs_done', 'begins_with', 'unfinished',
+           'RunError', 'TimeUp', 'get_all', 'table1', 'systems', 'table2', 'table3', 'alone', 'readings', 'choices',
+           'repairs', 'plan', 'agreement']
 
 # %% ../nbs/71_runs.ipynb #71-runs-02
 import csv, fcntl, os, platform, resource, subprocess, sys, time
@@ -381,7 +381,18 @@ def epochs_done(run:Run)->int:
     history = run.path/"history.csv"
     return max(0, len(history.read_text().splitlines())-1) if history.exists() else 0
 
-# %% ../nbs/71_runs.ipynb #71-runs-30
+# %% ../nbs/71_runs.ipynb #71-runs-31
+def begins_with(run:Run)->list: # of runs
+    "What must be finished before a run can start."
+    return (singles(run) if run.start=="single" else []) + [b for b in [trained_as(run)] if b!=run]
+
+def unfinished(runs)->list: # none twice
+    "Runs that are still to be trained, each after those it begins with."
+    out = {}
+    for r in runs:
+        if not (r.path/"metrics.json").exists(): out |= dict.fromkeys([*unfinished(begins_with(r)), r])
+    return list(out)
+
 class RunError(RuntimeError):
     "Some runs failed; the message ends with the end of their logs."
 
@@ -396,11 +407,7 @@ def get_all(
 )->list:                # one `Result` per run
     "Results of many runs, trained side by side where they are missing. A `RunError` after the last one if any failed, a `TimeUp` if the minutes are over first."
     from tqdm import tqdm
-    began, left = time.monotonic(), lambda: None if minutes is None else minutes - (time.monotonic()-began)/60
-    open_ = lambda: [r for r in dict.fromkeys(runs) if not (r.path/"metrics.json").exists()]
-    before = [s for r in open_() for s in (singles(r) if r.start=="single" else []) + [b for b in [trained_as(r)] if b!=r]]
-    if before: get_all(before, jobs, progress, left())                    # what others begin with, or share the training of
-    missing = open_()
+    began, missing = time.monotonic(), unfinished(runs)
     for profile in {r.profile: None for r in missing}: ensure_data(profile, progress=progress)
     for r in {(r.data, r.clip): r for r in missing}.values(): fill_cache(r)
     jobs = jobs or (1 if torch.cuda.is_available() else os.cpu_count())
@@ -408,10 +415,12 @@ def get_all(
     waiting, running, failed = list(missing), {}, {}
     try:
         while waiting or running:
-            while waiting and len(running) < jobs:
-                r = waiting.pop(0); running[r] = start(r)
+            for r in list(waiting):
+                before = [b for b in begins_with(r) if b in waiting or b in running or b in failed]
+                if bad := [b.name for b in before if b in failed]: waiting.remove(r); failed[r] = f"it begins with {bad[0]}, which failed"
+                elif not before and len(running)<jobs: waiting.remove(r); running[r] = start(r)
             time.sleep(.2)
-            if minutes is not None and left()<=0:
+            if minutes is not None and time.monotonic()-began >= 60*minutes:
                 raise TimeUp(f"{len(missing)-len(waiting)-len(running)-len(failed)} of {len(missing)} runs were finished when the time was up; the same command goes on with the others")
             for r,p in list(running.items()):
                 if p.poll() is None: continue
@@ -424,7 +433,7 @@ def get_all(
     if failed: raise RunError(f"{len(failed)} of {len(missing)} runs failed; the others are kept.\n" + "\n".join(f"--- {r.name} ({r.path}/log.txt)\n{log}" for r,log in failed.items()))
     return [get(r) for r in runs]
 
-# %% ../nbs/71_runs.ipynb #71-runs-32
+# %% ../nbs/71_runs.ipynb #71-runs-33
 ALPHAS = ((1.,1.,1.), (1.,.1,.1), (.1,1.,.5), (1.,.5,1.), (1.,.1,.5), (1.,.5,.1))   # Table 3, in the paper's order
 LAMBDAS = (0., .1, 10., 1.)                                                        # Table 2, in the paper's order
 
@@ -434,7 +443,7 @@ systems.seeds = lambda profile: (0,)
 def table2(profile): return {f"λ = {l:g}": lambda s, l=l: make("pcan", profile, s, lam=l) for l in LAMBDAS}
 def table3(profile): return {", ".join(f"{a:g}" for a in al): lambda s, al=al: make("pcan", profile, s, alpha=al) for al in ALPHAS}
 
-# %% ../nbs/71_runs.ipynb #71-runs-34
+# %% ../nbs/71_runs.ipynb #71-runs-35
 LONG = dict(net=TINY, pose_frames=12, epochs=20, lr=3e-3, first=dict(epochs=100, lr=1e-2))   # of the one-stream comparisons at profile bench
 
 def alone(
@@ -455,7 +464,7 @@ def readings(profile):
     return {"PoseConv3D": lambda s: alone("poseconv3d", profile, s), "paper": lambda s: alone("pcan", profile, s),
             "released": lambda s: alone("pcan", profile, s, reading="released")} | {f"released, {label} as in the paper": at(label) for label in GROUPS}
 
-# %% ../nbs/71_runs.ipynb #71-runs-35
+# %% ../nbs/71_runs.ipynb #71-runs-36
 _OFF = dict(body=0., proto=0., pda=0., vote=0.)   # a repaired run with all of this is PoseConv3D
 _LATE = dict(proto=0., pda=0., vote=0.)           # a body head that starts late, and nothing else
 
@@ -476,7 +485,7 @@ def repairs(profile):
             "repaired": one(), "repaired, vote ½": one(vote=.5), "repaired, tree ½": one(tree=.5), "repaired, from the start": one(delay=(0.,0.))}
 repairs.seeds = lambda profile: (0,) if profile in ("smoke","quick") else (0,1,2,3,4)
 
-# %% ../nbs/71_runs.ipynb #71-runs-36
+# %% ../nbs/71_runs.ipynb #71-runs-37
 def plan(
     table:str,      # table1, systems, table2, table3, readings, choices or repaired
     profile:str,    # a row of `PROFILES`
@@ -488,7 +497,7 @@ def plan(
     seeds = tables[table].seeds(profile) if seeds is None and hasattr(tables[table], "seeds") else profile_of(profile).seeds if seeds is None else seeds
     return {label: [run(s) for s in seeds] for label,run in tables[table](profile).items()}
 
-# %% ../nbs/71_runs.ipynb #71-runs-38
+# %% ../nbs/71_runs.ipynb #71-runs-39
 def agreement(
     runs:list,    # finished runs
     other:Path,   # another store of runs, `reports/runs` of somebody else

@@ -88,12 +88,11 @@ def test_two_streams_begin_as_the_two_they_are_made_of(store):
         torch.testing.assert_close(one.backbone.eval()(x), y, atol=1e-4, rtol=1e-4)
 
 def test_imagenet_weights_come_in_inflated(store, monkeypatch):
-    from pcan import slowonly
-    from pcan.rgbpose import PAPER
+    from pcan import slowonly, systems
     net = slowonly.image_models().resnet50(weights=None)
     class Models:                                              # no download: the same network with random weights
         def resnet50(weights): assert weights=="IMAGENET1K_V1"; return net
-    monkeypatch.setattr(slowonly, "image_models", lambda: Models)
+    monkeypatch.setattr(systems, "image_models", lambda: Models)
     run = runs.make("poseconv3d", "paper", start="imagenet", stream="rgb")
     model, _ = runs.SYSTEMS["poseconv3d"].build(run); runs.begin(run, model)
     got = model.backbone.layer3[0].conv1.conv.weight
@@ -128,3 +127,17 @@ def test_the_released_reading_at_paper_size_is_the_released_setting():
     assert run.net.interaction and run.start=="single" and run.clip.test_size==256 and not run.clip.flip_fingers
     assert (run.optim.epochs, run.optim.milestones)==(30, (10,20)) and run.method==runs.READINGS["released"]
     assert not any(s.net.interaction for s in runs.singles(run))
+
+def test_what_a_run_begins_with_comes_first(store, monkeypatch):
+    "Nothing else waits; what begins with a failed run is reported with it."
+    other, fused = short(seed=3), runs.make("b2c", "smoke")
+    rgb, pose = runs.singles(fused)
+    assert runs.unfinished([fused, other, fused])==[rgb, pose, fused, other]
+    order = []
+    class Fake:                                                # finishes at once; the RGB branch fails
+        def __init__(self, r): order.append(r); self.returncode = int(r.stream=="rgb"); r.path.mkdir(parents=True, exist_ok=True); (r.path/"log.txt").write_text("no luck")
+        def poll(self): return self.returncode
+        def terminate(self): pass
+    monkeypatch.setattr(runs, "start", Fake)
+    with pytest.raises(runs.RunError, match="2 of 4 runs failed") as e: runs.get_all([fused, other], jobs=2, progress=False)
+    assert order==[rgb, pose, other] and "no luck" in str(e.value) and f"it begins with {rgb.name}, which failed" in str(e.value)
