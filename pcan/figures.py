@@ -295,10 +295,11 @@ def label_points(ax, x, y, names):
     points = [(p[0]-7, p[1]-7, 14) for p in at]
     for i in np.argsort(-y):
         w = 6.3*len(names.iloc[i])*fig.dpi/100
-        spots = [(dx*fig.dpi/100, dy*fig.dpi/100) for dx,dy in ((14,0),(-14,0),(0,18),(0,-18),(11,13),(-11,13),(11,-13),(-11,-13))]
-        dx,dy = min(spots, key=lambda d: sum(over(box(at[i], w, *d), b) for b in taken) + sum(over(box(at[i], w, *d), b) for j,b in enumerate(points) if j!=i) + .1*abs(d[1]))
+        spots = [(dx*fig.dpi/100, dy*fig.dpi/100) for dx,dy in ((14,0),(-14,0),(0,18),(0,-18),(11,13),(-11,13),(11,-13),(-11,-13),(0,32),(0,-32),(20,26),(-20,26),(20,-26),(-20,-26))]
+        dx,dy = min(spots, key=lambda d: sum(over(box(at[i], w, *d), b) for b in taken) + sum(over(box(at[i], w, *d), b) for j,b in enumerate(points) if j!=i) + abs(d[1]))
         taken.append(box(at[i], w, dx, dy))
-        ax.annotate(names.iloc[i], (x[i], y[i]), (dx*72/fig.dpi, dy*72/fig.dpi), textcoords="offset points", fontsize=7.5, va="center", ha="right" if dx<0 else "center" if dx==0 else "left")
+        ax.annotate(names.iloc[i], (x[i], y[i]), (dx*72/fig.dpi, dy*72/fig.dpi), textcoords="offset points", fontsize=7.5, va="center", ha="right" if dx<0 else "center" if dx==0 else "left",
+                    arrowprops=dict(arrowstyle="-", lw=.4, color="#999", shrinkA=0, shrinkB=2) if abs(dy)*100>20*fig.dpi else None)
 
 # %% ../nbs/73_figures.ipynb #73-figures-43
 def plot_terms(t): # -> figure

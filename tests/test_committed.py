@@ -26,6 +26,23 @@ def test_table(profile, table):
         m = read_json(RUNS[0].parent.parent/r.run/"metrics.json")
         assert f"{m[r.split][r.stream][r.metric]:.6f}"==f"{r.value:.6f}", f"{table}: {r.variant} {r.metric}"
 
+def test_systems():
+    "The points of the plot of sixteen systems: accuracy from the runs, sizes from the networks."
+    import pandas as pd
+    from pcan.systems import SYSTEMS, bill
+    t = pd.read_csv(RUNS[0].parent.parent.parent/"bench"/"figures"/"systems.csv")
+    assert sorted(t.system)==sorted(s.label for s in SYSTEMS.values() if s.group)
+    for r in t.itertuples():
+        path = RUNS[0].parent.parent/r.run
+        assert f"{read_json(path/'metrics.json')['test']['fused']['action_top1']:.6f}"==f"{r.value:.6f}"
+        n, flops = bill(runs.from_dict(runs.Run, read_json(path/"config.json")))
+        assert (n, f"{flops/1e9:.6f}")==(r.parameters, f"{r.gflops:.6f}"), f"{r.system}: the network has changed since it was trained"
+
+def test_table1_has_all_rows():
+    from pcan.report import paper_table
+    rows = read_table("table1", "quick")
+    assert set(rows.variant)=={"Majority class", *paper_table("table1").index}
+
 @pytest.mark.parametrize("table", ["readings", "repaired"])
 def test_differences(table):
     "The differences of a page, from the kept scores: its first row again, to the last digit."
