@@ -393,6 +393,7 @@ def unfinished(runs)->list: # none twice
         if not (r.path/"metrics.json").exists(): out |= dict.fromkeys([*unfinished(begins_with(r)), r])
     return list(out)
 
+# %% ../nbs/71_runs.ipynb #71-runs-32
 class RunError(RuntimeError):
     "Some runs failed; the message ends with the end of their logs."
 
@@ -433,7 +434,7 @@ def get_all(
     if failed: raise RunError(f"{len(failed)} of {len(missing)} runs failed; the others are kept.\n" + "\n".join(f"--- {r.name} ({r.path}/log.txt)\n{log}" for r,log in failed.items()))
     return [get(r) for r in runs]
 
-# %% ../nbs/71_runs.ipynb #71-runs-33
+# %% ../nbs/71_runs.ipynb #71-runs-34
 ALPHAS = ((1.,1.,1.), (1.,.1,.1), (.1,1.,.5), (1.,.5,1.), (1.,.1,.5), (1.,.5,.1))   # Table 3, in the paper's order
 LAMBDAS = (0., .1, 10., 1.)                                                        # Table 2, in the paper's order
 
@@ -443,7 +444,7 @@ systems.seeds = lambda profile: (0,)
 def table2(profile): return {f"λ = {l:g}": lambda s, l=l: make("pcan", profile, s, lam=l) for l in LAMBDAS}
 def table3(profile): return {", ".join(f"{a:g}" for a in al): lambda s, al=al: make("pcan", profile, s, alpha=al) for al in ALPHAS}
 
-# %% ../nbs/71_runs.ipynb #71-runs-35
+# %% ../nbs/71_runs.ipynb #71-runs-36
 LONG = dict(net=TINY, pose_frames=12, epochs=20, lr=3e-3, first=dict(epochs=100, lr=1e-2))   # of the one-stream comparisons at profile bench
 
 def alone(
@@ -464,7 +465,7 @@ def readings(profile):
     return {"PoseConv3D": lambda s: alone("poseconv3d", profile, s), "paper": lambda s: alone("pcan", profile, s),
             "released": lambda s: alone("pcan", profile, s, reading="released")} | {f"released, {label} as in the paper": at(label) for label in GROUPS}
 
-# %% ../nbs/71_runs.ipynb #71-runs-36
+# %% ../nbs/71_runs.ipynb #71-runs-37
 _OFF = dict(body=0., proto=0., pda=0., vote=0.)   # a repaired run with all of this is PoseConv3D
 _LATE = dict(proto=0., pda=0., vote=0.)           # a body head that starts late, and nothing else
 
@@ -485,7 +486,7 @@ def repairs(profile):
             "repaired": one(), "repaired, vote ½": one(vote=.5), "repaired, tree ½": one(tree=.5), "repaired, from the start": one(delay=(0.,0.))}
 repairs.seeds = lambda profile: (0,) if profile in ("smoke","quick") else (0,1,2,3,4)
 
-# %% ../nbs/71_runs.ipynb #71-runs-37
+# %% ../nbs/71_runs.ipynb #71-runs-38
 def plan(
     table:str,      # table1, systems, table2, table3, readings, choices or repaired
     profile:str,    # a row of `PROFILES`
@@ -497,7 +498,7 @@ def plan(
     seeds = tables[table].seeds(profile) if seeds is None and hasattr(tables[table], "seeds") else profile_of(profile).seeds if seeds is None else seeds
     return {label: [run(s) for s in seeds] for label,run in tables[table](profile).items()}
 
-# %% ../nbs/71_runs.ipynb #71-runs-39
+# %% ../nbs/71_runs.ipynb #71-runs-40
 def agreement(
     runs:list,    # finished runs
     other:Path,   # another store of runs, `reports/runs` of somebody else

@@ -13,7 +13,7 @@ def test_help(command):
 
 @pytest.mark.parametrize("args,expected", [
     (("pcan_train", "pcan", "--profile", "fast"), "expected one of smoke, quick, bench, paper"),
-    (("pcan_train", "pcam", "--profile", "smoke"), "expected one of poseconv3d, pcan"),
+    (("pcan_train", "pcam", "--profile", "smoke"), "expected one of tsn, tin"),
     (("pcan_train", "--config", "/no/such/config.json"), "no such file"),
     (("pcan_report", "--profile", "fast"), "expected one of smoke, quick, bench, paper"),
     (("pcan_synth", "huge"), "there are smoke, quick, bench"),
@@ -32,5 +32,5 @@ def test_a_table_in_pieces(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runs, "plan", lambda table, profile, seeds: {"one": [run]})
     args = ["--table", "readings", "--profile", "smoke"]
     assert cli.train([*args, "--minutes", "0"])==3
-    assert "0 of 1 runs were finished when the time was up; the same command goes on" in capsys.readouterr().out
+    assert "0 of 2 runs were finished when the time was up; the same command goes on" in capsys.readouterr().out
     assert cli.train(args)==0 and run.name in capsys.readouterr().out
