@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['PROFILES', 'RECIPE', 'KEPT', 'ALPHAS', 'LAMBDAS', 'LONG', 'Profile', 'profile_of', 'Run', 'stated', 'make', 'seen',
            'check_asked', 'from_dict', 'singles', 'weights', 'trained_as', 'begin', 'data_identity', 'ensure_data',
-           'has_video', 'data_root', 'clips_of', 'Result', 'with_fused', 'kept', 'measure', 'environment', 'locked',
-           'get', 'score', 'train', 'adopt', 'cost', 'start', 'fill_cache', 'epochs_done', 'begins_with', 'unfinished',
-           'RunError', 'TimeUp', 'get_all', 'table1', 'systems', 'table2', 'table3', 'alone', 'readings', 'choices',
-           'repairs', 'plan', 'agreement']
+           'has_video', 'data_root', 'clips_of', 'Result', 'played_by', 'with_fused', 'kept', 'measure', 'environment',
+           'locked', 'get', 'score', 'train', 'adopt', 'cost', 'start', 'fill_cache', 'epochs_done', 'begins_with',
+           'unfinished', 'RunError', 'TimeUp', 'get_all', 'table1', 'systems', 'table2', 'table3', 'alone', 'readings',
+           'choices', 'repairs', 'plan', 'agreement']
 
 # %% ../nbs/71_runs.ipynb #71-runs-02
 import csv, fcntl, os, platform, resource, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass, asdict, fields, is_dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import get_args
 import numpy as np
@@ -236,8 +237,24 @@ class Result:
         with open(self.path/"history.csv", encoding="utf-8") as f: self.history = [{k: number(v) for k,v in r.items()} for r in csv.DictReader(f)]
 
     def scores(self, split:str=None)->dict:
-        "Labels and probabilities of every clip: `name`, `y_a`, `y_b`, and `<stream>_action`, `<stream>_body` for rgb, pose and fused."
-        with np.load(self.path/f"scores_{split or profile_of(self.run.profile).score_on}.npz", allow_pickle=False) as z: return with_fused(dict(z))
+        "Labels and probabilities of every clip: `name`, `y_a`, `y_b`, `subject` where names do not tell, and `<stream>_action`, `<stream>_body` for rgb, pose and fused."
+        split = split or profile_of(self.run.profile).score_on
+        with np.load(self.path/f"scores_{split}.npz", allow_pickle=False) as z: s = dict(z)
+        return with_fused(s | played_by(self.run.data, split, s))
+
+def played_by(data:str, split:str, scores:dict)->dict: # `{"subject": (N,)}`, or `{}` where the clips' names tell
+    "Who plays the clips of a synthetic test split. Their names tell nothing; the generator does."
+    kind,_,name = data.partition("/")
+    if kind!="synth" or split!="test": return {}
+    labels, who = _cast(name)
+    i = np.array([int(str(n).removeprefix("test")) for n in scores["name"]])
+    if (labels[i]!=scores["y_a"]).any(): raise DataError(f"data/{data}: found scores with other labels than the generator gives; expected those of its test clips, so train the run again")
+    return dict(subject=who[i])
+
+@lru_cache
+def _cast(name): # labels and people of all test clips of a synthetic set
+    from pcan.synth import SPECS, cast
+    return tuple(map(np.array, zip(*((c[2], c[0]) for c in (cast(SPECS[name], "test", i) for i in range(SPECS[name].counts[2]))))))
 
 def with_fused(
     scores:dict, # `<stream>_action` and, for systems with a body classifier, `<stream>_body`
