@@ -123,7 +123,7 @@ def gains(base:list, ours:list, W)->list: # of `Difference`: easy, medium, hard,
     "What ours gains in each group, sorted on one half and measured on the other, with intervals. `None` where a group is empty."
     D = np.stack([np.subtract(*difficulty([a], [b], True, W, by=base)[:0:-1]) for a,b in zip(base, ours)])  # (S,R,3)
     D = np.concatenate([D, D[...,2:] - D[...,:1]], -1)
-    return [interval(D[...,i], len(base[0].y_a)) if np.isfinite(D[:,0,i]).all() else None for i in range(4)]
+    return [interval(D[...,i], base[0]) if np.isfinite(D[:,0,i]).all() else None for i in range(4)]
 
 # %% ../nbs/73_figures.ipynb #73-figures-22
 def plot_difficulty(t): # -> figure

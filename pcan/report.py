@@ -17,7 +17,7 @@ from collections import Counter
 import numpy as np
 
 from .files import DataError, atomic, data_dir, reports_dir, root
-from .verdicts import Verdict, difference
+from .verdicts import Verdict, comparisons, in_words
 
 # %% ../nbs/72_report.ipynb #72-report-05
 #: Experiment notebooks in reading order, and what the menu calls them.
@@ -230,30 +230,36 @@ def difference_table(
     profile:str,
     caption:str,
 )->dict:          # label -> {metric: Difference}
-    "Differences with 95% intervals; stars where zero stays outside when intervals are widened for all rows."
+    "Differences with 95% intervals, stars where Holm's correction over the table leaves them, and a sentence that says so."
     import pandas as pd
-    found = {k: {m: difference(a, b, m) for m in metrics} for k,(a,b) in pairs.items()}
-    strict = {k: {m: difference(a, b, m, 1-.05/len(pairs)) for m in metrics} for k,(a,b) in pairs.items()}
-    star = lambda d: "*" if d.lo>0 or d.hi<0 else ""
-    rows = [dict(pair=k, metric=m, value=100*d.value, lo=100*d.lo, hi=100*d.hi, star=star(strict[k][m]), seeds=d.seeds, clips=d.clips) for k,v in found.items() for m,d in v.items()]
+    table = comparisons(pairs, metrics); found = {k: c.differences for k,c in table.items()}
+    star = lambda k, m: "*" if table[k].adjusted[m]<.05 else ""
+    def tests(c, m): # of top-1, empty for others
+        if m not in c.mcnemar: return dict(only_ours="", only_theirs="", mcnemar="", flips="")
+        n = c.mcnemar[m]; mean = lambda x: f"{sum(x)/len(n):.1f}"
+        return dict(only_ours=mean([x.ours for x in n]), only_theirs=mean([x.theirs for x in n]), mcnemar=f"{max(x.p for x in n):.4g}", flips=f"{c.flips[m]:.4g}")
+    rows = [dict(pair=k, metric=m, value=100*d.value, lo=100*d.lo, hi=100*d.hi, star=star(k, m), seeds=d.seeds, subjects=d.subjects, clips=d.clips,
+                 p=f"{d.p:.4g}", holm=f"{table[k].adjusted[m]:.4g}", **tests(table[k], m)) for k,v in found.items() for m,d in v.items()]
     with atomic(folder(profile, "tables", f"{name}.csv"), "w") as f: pd.DataFrame(rows).to_csv(f, index=False, float_format="%.4f", lineterminator="\n")
-    text = lambda k, m: (f"{100*(d:=found[k][m]).value:+.2f}{star(strict[k][m])}".replace("-", "−"), d.ends)
+    text = lambda k, m: (f"{100*(d:=found[k][m]).value:+.2f}{star(k, m)}".replace("-", "−"), d.ends)
     head = "".join(f'<th scope="col">{METRICS[m]}</th>' for m in metrics)
     cell = lambda k, m: "<td>{}<br><span class=\"sd\">{}</span></td>".format(*text(k, m))
     body = "".join(f'<tr><th scope="row">{html.escape(k)}</th>{"".join(cell(k, m) for m in metrics)}</tr>' for k in pairs)
-    note = f"{caption} Points; 95% intervals below; a star: the interval excludes zero also when widened for all {len(pairs)} rows. {source_note(profile)}"
+    note = f"{caption} Points; 95% intervals below; a star: real also after Holm's correction for all {len(rows)} cells. {source_note(profile)}"
+    words = "A smoke run decides nothing." if kind(profile)=="smoke" else in_words(table)
     line = lambda cells: "| " + " | ".join(cells) + " |"
     md = "\n".join([line(["", *(METRICS[m].replace("<br>", " ") for m in metrics)]), "|---|" + "--:|"*len(metrics)] + [line([k, *("{} ({})".format(*text(k, m)) for m in metrics)]) for k in pairs])
     emit("differences", f'<table class="results"><caption>{html.escape(note)}</caption><thead><tr><td></td>{head}</tr></thead><tbody class="ours">{body}</tbody></table>', md, name=name, caption=note)
+    emit("note", f"<p>{html.escape(words)}</p>", words)
     return found
 
-# %% ../nbs/72_report.ipynb #72-report-31
+# %% ../nbs/72_report.ipynb #72-report-33
 def conclude(verdicts:list, profile:str, seeds:int=1):
     "Show one line per claim. A smoke run decides nothing."
     if kind(profile)=="smoke": verdicts = [Verdict(v.claim, "cannot be told", f"a smoke run decides nothing; {v.why}") for v in verdicts]
     few = seeds==1 and kind(profile)!="smoke"
-    note = ("One seed: the intervals cover the choice of test clips, not the luck of training. They speak about these networks, not about the method." if few else
-            f"{seeds} seeds: an interval covers the choice of test clips and the spread between seeds, whichever is wider." if seeds>1 else "")
+    note = ("One seed: the intervals cover the choice of people, not the luck of training. They speak about these networks, not about the method." if few else
+            f"{seeds} seeds: an interval covers the choice of people and the spread between seeds, both half-widths added in quadrature." if seeds>1 else "")
     tally = Counter(v.outcome for v in verdicts)
     plural = {"holds": "hold", "does not hold": "do not hold", "cannot be told": "cannot be told"}
     short = ", ".join(f"{n} {o if n==1 else many}" for o,many in plural.items() if (n:=tally[o]))
@@ -262,7 +268,7 @@ def conclude(verdicts:list, profile:str, seeds:int=1):
     md = "\n".join(f"- **{v.outcome}**: {v.claim} {v.why}" for v in verdicts) + (f"\n\n{note}" if note else "")
     emit("verdict", page, md, tally=short, headline=verdicts[0].claim, why=verdicts[0].why if len(verdicts[0].why)<150 else "", outcomes=[v.outcome for v in verdicts])
 
-# %% ../nbs/72_report.ipynb #72-report-34
+# %% ../nbs/72_report.ipynb #72-report-36
 def duration(seconds:float)->str:
     "Seconds for people."
     s = int(round(seconds)); h, m = s//3600, s%3600//60
@@ -283,7 +289,7 @@ def provenance(results:list, profile:str):
     rows = "".join(f"<dt>{k}</dt><dd>{f'<code>{html.escape(v)}</code>' if k=='Again' else html.escape(v)}</dd>" for k,v in facts.items() if v)
     emit("provenance", f'<dl class="provenance">{rows}<dt>Runs</dt><dd>{runs or "none"}</dd></dl>')
 
-# %% ../nbs/72_report.ipynb #72-report-37
+# %% ../nbs/72_report.ipynb #72-report-39
 CSS = """
 :root{color-scheme:light dark;--bg:#fdfdfb;--ink:#1c2126;--soft:#5b6670;--line:#dde1e4;--panel:#f3f5f6;--link:#0a5a9c;
  --good:#00694c;--bad:#a33b00;--open:#56616b;--warn-bg:#fff4d6;--warn:#6a4a00;--alarm-bg:#b3261e;--alarm:#fff}
@@ -310,7 +316,7 @@ pre{overflow-x:auto;padding:.8rem 1rem;background:var(--panel);border-radius:6px
 .data,.note{font-size:.92rem;color:var(--soft)}
 """
 
-# %% ../nbs/72_report.ipynb #72-report-38
+# %% ../nbs/72_report.ipynb #72-report-40
 CSS += """
 .scroll{overflow-x:auto;margin:1.2rem 0;max-width:100%}
 table{border-collapse:separate;border-spacing:0;font-size:.92rem;line-height:1.4;font-variant-numeric:tabular-nums lining-nums}
@@ -342,7 +348,7 @@ footer{background:var(--panel);font-size:.86rem} footer h2{font-size:.95rem;marg
 @media print{:root{--bg:#fff;--ink:#000;--soft:#444;--line:#bbb;--panel:#fff;--link:#000} nav,details{display:none} body{font-size:10.5pt} figure,table,li{break-inside:avoid} .scroll{overflow:visible}}
 """
 
-# %% ../nbs/72_report.ipynb #72-report-39
+# %% ../nbs/72_report.ipynb #72-report-41
 def shell(title:str, nav:str, main:str, foot:str="")->str: # a whole HTML document
     "The frame around every page. `title` is escaped; the rest is HTML."
     foot = f'<footer><div><h2>Where this comes from</h2>{foot}</div></footer>' if foot else ""
@@ -374,7 +380,7 @@ def _output(o)->str: # HTML of one output, "" for what a page leaves out
     if "text/markdown" in data: return _markdown(data["text/markdown"])
     return f'<pre>{html.escape(data.get("text/plain", ""))}</pre>'
 
-# %% ../nbs/72_report.ipynb #72-report-40
+# %% ../nbs/72_report.ipynb #72-report-42
 def roles(nb, role:str): # yields outputs
     "The outputs of a notebook that carry a role."
     for c in nb.cells:
@@ -406,7 +412,7 @@ def page(
     main.append(f"<details><summary>The code of this page</summary><pre><code>{listing}</code></pre></details>")
     return shell(heading(nb)[0] or "PCAN, replicated", nav, "\n".join(top+main), "".join(foot))
 
-# %% ../nbs/72_report.ipynb #72-report-44
+# %% ../nbs/72_report.ipynb #72-report-46
 def experiments_of(profile:str, more=())->list: # names
     "What a report of this profile holds, and `more` of the thorough ones."
     return [n for n in EXPERIMENTS if n not in THOROUGH or profile in THOROUGH_IN or n in more]
@@ -438,7 +444,7 @@ def execute(
         with atomic(out[-1], "w") as f: f.write(nbformat.writes(_clean(nb, n, profile)) + "\n")
     return out
 
-# %% ../nbs/72_report.ipynb #72-report-46
+# %% ../nbs/72_report.ipynb #72-report-48
 SERIOUS = ("paper", "bench", "quick")  # most serious first
 LEAD = ("A replication of Li et al., Prototypical Calibrating Ambiguous Samples for Micro-Action Recognition (AAAI 2025). Every page puts our numbers beside "
         "the paper's, says which claims they support, and names the runs they come from.")
@@ -484,7 +490,7 @@ def overview_html(nbs:dict, profiles:dict, top:bool=False, others=())->str: # HT
     foot = next((o.data["text/html"] for n in ("table1", *nbs) if n in nbs for o in roles(nbs[n], "provenance")), "")
     return shell(f"PCAN, replicated ({profile})", menu(nbs, href=href), "\n".join(main), foot)
 
-# %% ../nbs/72_report.ipynb #72-report-47
+# %% ../nbs/72_report.ipynb #72-report-49
 def overview_markdown(nbs:dict, profiles:dict)->str:
     "The overview for GitHub, to stand in `reports/`."
     kinds = list(dict.fromkeys(kind(profiles[n]) for n in nbs))
@@ -523,7 +529,7 @@ def build(profile:str="smoke", only=None)->list: # paths
         with atomic(out[-1], "w") as f: f.write(page(nb, menu(nbs, here=n, up="../index.html")))
     return out
 
-# %% ../nbs/72_report.ipynb #72-report-49
+# %% ../nbs/72_report.ipynb #72-report-51
 def runs_of(profile:str, more=())->list: # of `Run`, none twice
     "All runs behind a report, and `more` of the thorough experiments."
     from pcan.runs import plan
