@@ -87,7 +87,8 @@ def report(argv=None):
     p.add_argument("--jobs", type=int, default=None, help="runs trained side by side; one per core by default")
     p.add_argument("--fresh", action="store_true", help="train everything again, into reports/fresh, and compare with what stands in reports")
     a = p.parse_args(argv)
-    from pcan.report import make_reports, runs_of
+    from pcan.report import runs_of
+    from pcan.site import make_reports
     from pcan.runs import agreement, profile_of
     profile_of(a.profile)
     before = reports_dir(a.profile)

@@ -5,7 +5,8 @@ import nbformat
 import pytest
 
 from pcan.files import root
-from pcan.report import EXPERIMENTS, build, execute, executed, folder, index, roles
+from pcan.report import EXPERIMENTS, execute, executed, folder, roles
+from pcan.site import build, index
 
 HERE = root()/"nbs"/"experiments"
 NAMES = sorted(p.stem for p in HERE.glob("*.ipynb") if not p.name.startswith("_"))
