@@ -2,6 +2,7 @@
 # make reports FRESH=1       the same from nothing, into reports/fresh, beside the committed results
 # make reports SYSTEMS=all   with the fourteen other systems of Table 1
 # make test                  notebooks and package in sync, notebook tests, pytest, a smoke run of every experiment
+# make test-site             the committed pages in a browser (needs Chromium): console, requests, pictures, links, phone, dark, paper
 # make test-slow             every system at the paper's size, forward and backward: minutes
 PROFILE ?= quick
 PYTHON  ?= python3
@@ -9,7 +10,7 @@ VENV    ?= .venv
 BIN     := $(VENV)/bin
 JOBS    ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help install reports test test-slow notebooks readme data clean
+.PHONY: help install reports test test-slow test-site notebooks readme data clean
 help:
 	@grep '^# make' Makefile | cut -c3-
 
@@ -33,6 +34,9 @@ test: install
 
 test-slow: install
 	OMP_NUM_THREADS=$(JOBS) $(BIN)/python -m pytest -m slow
+
+test-site: install
+	$(BIN)/python -m pytest -m site
 
 readme: install
 	$(BIN)/python -m pcan.docs

@@ -204,7 +204,7 @@ def show_groups(
     line = lambda cells: "| " + " | ".join(cells) + " |"
     md = [line(["", *(h.replace("<br>", " ") for h in heads.values())]), "|---|" + "--:|"*len(heads)]
     md += [line([v, *(" ".join(filter(None, (o, t and f"*({t})*"))) for o,t in (cell(v, m) for m in table))]) for vs in groups.values() for v in vs]
-    emit("table", page, "\n".join(md), name=name, caption=text)
+    emit("table", page, "\n".join(md), name=name, caption=text.replace("Below ours, in grey,", "In brackets")) # Markdown has neither
 
 # %% ../nbs/72_report.ipynb #72-report-25
 def show_texts(t, name:str, profile:str, caption:str):

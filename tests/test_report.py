@@ -6,7 +6,7 @@ import pytest
 from nbformat import v4
 from sklearn.metrics import f1_score
 
-from pcan import files, report, verdicts
+from pcan import files, report, site, verdicts
 from pcan.tree import MA52
 
 NAMES = list(report.METRICS)
@@ -111,12 +111,12 @@ def test_page_needs_nothing_else_and_escapes():
         v4.new_output("display_data", {"image/png": "iVBORw0KGgo="}, metadata={"pcan": dict(role="figure", name="f", caption=evil, alt='"><script>', width=100)}),
         v4.new_output("display_data", {"text/html": "<p>foot</p>"}, metadata={"pcan": dict(role="provenance")}),
         v4.new_output("display_data", {"text/html": "<p>top</p>"}, metadata={"pcan": dict(role="banner")})])])
-    page = report.page(nb, report.menu(["table1", "figure3"], here="table1"))
+    page = site.page(nb, site.menu(["table1", "figure3"], here="table1"))
     assert "<script" not in page and "javascript:" not in page and "progress bar" not in page
     assert not re.search(r'(src|href)="?(https?:)?//', page) and "url(" not in page
     assert page.index("<p>top</p>") < page.index("<h1>") and page.index("<footer>") < page.index("<p>foot</p>")
     assert 'aria-current=page>Table 1' in page and "prefers-color-scheme:dark" in page and 'name="viewport"' in page
-    assert report.heading(nb)[1]=="Q?"
+    assert site.heading(nb)[1]=="Q?"
 
 
 def test_overview_prefers_the_serious_profile_and_never_smoke(at):
@@ -124,23 +124,69 @@ def test_overview_prefers_the_serious_profile_and_never_smoke(at):
     nb = v4.new_notebook(cells=[v4.new_markdown_cell("# Table 1\n\n> Q?"), v4.new_code_cell("1")])
     for profile in ("smoke", "bench", "quick"):
         with files.atomic(report.folder(profile, "pages", "table1.ipynb"), "w") as f: f.write(nbformat.writes(nb))
-        report.build(profile); report.index(profile)
+        site.build(profile); site.index(profile)
         assert (at/"reports"/"index.html").exists()==(profile!="smoke")
     top = (at/"reports"/"index.html").read_text(encoding="utf-8")
     assert "bench/pages/table1.html" in top and 'href="quick/index.html"' in top and "smoke" not in top.split("</style>")[1]
     everything = {p: p.read_bytes() for p in (at/"reports").rglob("*.*")}
-    report.build("quick"); report.index("quick")
+    site.build("quick"); site.index("quick")
     assert everything=={p: p.read_bytes() for p in (at/"reports").rglob("*.*")}
 
 
 def test_links_of_the_overview_lead_somewhere(at):
     test_overview_prefers_the_serious_profile_and_never_smoke(at)
     for page in (at/"reports").rglob("*.html"):
-        for href in re.findall(r'href="([^"#]+)"', page.read_text(encoding="utf-8")): assert (page.parent/href).exists(), (page, href)
+        for href in re.findall(r'href="([^"#:]+)"', page.read_text(encoding="utf-8")): assert (page.parent/href).exists(), (page, href)
+
+
+COMMITTED = sorted(p for p in (files.root()/"reports").rglob("*.html") if p.relative_to(files.root()/"reports").parts[0] not in ("smoke", "fresh"))
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda p: p.relative_to(files.root()/"reports").as_posix())
+def test_committed_pages_need_nothing_from_elsewhere(path):
+    "No script, nothing loaded from another machine, pictures inside or beside, every link and anchor leads somewhere; a browser looks closer in `make test-site`."
+    text = path.read_text(encoding="utf-8")
+    assert "<script" not in text and "@import" not in text and "url(" not in text.split("</style>")[0]
+    for tag, attribute, to in re.findall(r'<(\w+)\b[^>]*?\s(src|href|srcset|action)="([^"]*)"', text):
+        if to.startswith(("http:", "https:", "//")): assert (tag, attribute)==("a", "href"), to
+        elif not to.startswith("data:"):
+            file, _, anchor = to.partition("#"); target = path.parent/file if file else path
+            assert target.exists(), to
+            if anchor: assert f'id="{anchor}"' in target.read_text(encoding="utf-8"), to
+    if path.parent.name=="pages": assert all(s.startswith("data:image/png;base64,") for s in re.findall(r'<img[^>]* src="([^"]*)"', text))
+    for caption in re.findall(r"<(?:fig)?caption>(.*?)</(?:fig)?caption>", text, re.S): assert re.search("Synthetic benchmark|MA-52, profile", caption), caption
+    assert all(w in text.split("<footer>")[1] for w in ("make reports", *(("Commit", "Data", "Seeds", "Versions", "Device", "Training", "config.json", "pcan_report") if path.parent.name=="pages" else ())))
+
+
+@pytest.mark.parametrize("profile", ["quick", "bench"])
+def test_committed_pages_are_current(profile):
+    "Built again from the committed notebooks: the same pages."
+    nbs = report.executed(profile)
+    assert set(nbs)=={p.stem for p in report.folder(profile, "pages").glob("*.html")}
+    for n,nb in nbs.items():
+        path = report.folder(profile, "pages", f"{n}.html")
+        made = site.page(nb, site.menu(nbs, here=n, up="../index.html", top="../../index.html"), path.parent)
+        assert path.read_text(encoding="utf-8")==made, f"{n}: run pcan.site.build({profile!r})"
+    assert report.folder(profile, "index.html").read_text(encoding="utf-8").count('class="answer"')==len(nbs)
+
+
+def test_maths_is_mathml_or_code():
+    made = site.markdown("The momentum $\\rho$ and\n\n$$p_k = \\frac{1}{n}\\sum_i F_i$$\n\nbut `$x$` for $5 and $6.")
+    assert made.count("<math")==2 and made.count('display="block"')==1 and "<code>$x$</code>" in made and "for $5 and $6." in made
+    for evil in (r"\href{javascript:alert(1)}{x}", r"\text{<script>alert(1)</script>}", r"\style{background:url(http://a)}{x}", "x_{"):
+        assert site.mathml(evil).startswith("<code>") and "<script" not in site.mathml(evil)
+
+
+def test_glance_and_contents():
+    verdict = '<ul class="verdicts"><li><span class="outcome holds">holds</span> A &lt; b. <span class="why">+1 points</span></li></ul>'
+    nb = v4.new_notebook(cells=[v4.new_markdown_cell("# T\n\n> Q?\n\nText."), v4.new_markdown_cell("## One"), v4.new_markdown_cell("## One"), v4.new_code_cell("1", outputs=[
+        v4.new_output("display_data", {"text/html": verdict}, metadata={"pcan": dict(role="verdict", outcomes=["holds"])})])])
+    page = site.page(nb)
+    assert page.index("Q?") < page.index('class="glance"') < page.index('href="#one-2"') < page.index("Text.") < page.index('id="one-2"') < page.index('id="claims"')
+    assert "+1 points" not in page.split('class="glance"')[1].split("</div>")[0] and site.tally([nb])=="Of 1 claim, 1 holds, 0 do not hold, 0 cannot be told."
 
 
 def test_no_results_is_one_clear_sentence(at):
-    with pytest.raises(files.DataError, match="no executed notebooks.*make reports PROFILE=quick"): report.index("quick")
+    with pytest.raises(files.DataError, match="no executed notebooks.*make reports PROFILE=quick"): site.index("quick")
     with pytest.raises(ValueError, match="expected names from"): report.execute("smoke", ["table9"])
 
 
