@@ -54,6 +54,7 @@ def save_figure(
     caption:str="", # stands under the figure, with the source of its numbers
     alt:str="",   # what a reader who cannot see it should know; the caption by default
     dpi:int=150,
+    source:str="", # replaces the caption's `source_note`
 ):                # shows the figure and its caption; -> dict of paths
     "Save PNG, SVG and CSV to `reports/<profile>/figures/` and show the figure."
     import matplotlib.pyplot as plt
@@ -66,7 +67,7 @@ def save_figure(
     buffer["csv"] = data.to_csv(index=False, float_format="%.6f", lineterminator="\n").encode()
     for e,p in paths.items():
         with atomic(p) as f: f.write(buffer[e])
-    caption = f"{caption} {source_note(profile)}".strip()
+    caption = f"{caption} {source or source_note(profile)}".strip()
     meta = dict(role="figure", name=name, caption=caption, alt=alt or caption, width=round(fig.get_figwidth()*96))
     plt.close(fig)
     display({"image/png": buffer["png"], "text/plain": f"<{name}>"}, raw=True, metadata={"pcan": meta})

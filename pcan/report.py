@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'THOROUGH', 'THOROUGH_IN', 'COMMAND', 'METRICS', 'COLUMNS', 'BANNERS', 'VERSIONS', 'folder', 'tidy',
-           'save_table', 'read_table', 'paper_table', 'emit', 'kind', 'source_note', 'banner', 'data_line', 'note',
-           'facts', 'wide', 'unit', 'table_html', 'table_markdown', 'show_groups', 'show_texts', 'show_table',
-           'difference_table', 'conclude', 'duration', 'provenance', 'experiments_of', 'execute', 'roles', 'executed',
-           'runs_of']
+           'save_table', 'read_table', 'paper_table', 'paper_claims', 'emit', 'kind', 'source_note', 'printed_note',
+           'banner', 'data_line', 'note', 'facts', 'wide', 'unit', 'table_html', 'table_markdown', 'show_groups',
+           'show_texts', 'show_table', 'difference_table', 'conclude', 'duration', 'provenance', 'experiments_of',
+           'execute', 'roles', 'executed', 'runs_of']
 
 # %% ../nbs/72_report.ipynb #72-report-02
 import html, re
@@ -20,8 +20,8 @@ from .verdicts import Verdict, comparisons, in_words
 
 # %% ../nbs/72_report.ipynb #72-report-05
 #: Experiment notebooks in reading order, and what the menu calls them.
-EXPERIMENTS = dict(benchmark="Benchmark", table1="Table 1", table2="Table 2", table3="Table 3",
-                   figure3="Figure 3", figure4="Figure 4", figure5="Figure 5", curves="Curves", systems="Systems",
+EXPERIMENTS = dict(benchmark="Benchmark", audit="Audit", figure1="Figure 1", table1="Table 1", table2="Table 2", table3="Table 3",
+                   figure3="Figure 3", figure4="Figure 4", figure5="Figure 5", claims="Claims", curves="Curves", systems="Systems",
                    readings="Readings", repaired="Repaired")
 
 #: Experiments with many runs of their own: part of these profiles, elsewhere on request.
@@ -79,6 +79,11 @@ def paper_table(name:str): # -> DataFrame, percent, indexed by our row labels
     else: key = t.system
     return t.set_index(key.rename("variant"))[list(METRICS)]
 
+def paper_claims(): # -> DataFrame by id: section, claim, metric, paper, unit
+    "What the paper states in numbers outside its tables, from `data/paper/claims.csv`; the wording is ours."
+    import pandas as pd
+    return pd.read_csv(root()/"data"/"paper"/"claims.csv", index_col="id")
+
 # %% ../nbs/72_report.ipynb #72-report-17
 def emit(role:str, html:str, markdown:str="", **meta):
     "Show HTML in a notebook and mark what it is for: banner, data, table, verdict or provenance."
@@ -94,6 +99,10 @@ def kind(profile:str)->str: # "smoke", "synthetic" or "real"
 def source_note(profile:str)->str: # a few words for captions
     "What every caption says about where its numbers come from."
     return dict(smoke="SMOKE RUN: these numbers mean nothing.", synthetic=f"Synthetic benchmark, profile {profile}.", real=f"MA-52, profile {profile}.")[kind(profile)]
+
+def printed_note(profile:str)->str: # a few words for captions
+    "The same where nothing was measured: the numbers are the paper's. A smoke run keeps its warning."
+    return source_note(profile) if kind(profile)=="smoke" else "Computed from the numbers that the paper prints."
 
 BANNERS = dict(
     smoke="<strong>SMOKE: these numbers mean nothing.</strong> One epoch on a handful of generated clips, to show that the code runs.",
@@ -118,10 +127,10 @@ def note(text:str):
     "A paragraph written by code. The text is escaped."
     emit("note", f"<p>{html.escape(text)}</p>", text)
 
-def facts(rows:dict, caption:str, profile:str):
-    "A two-column table of things worth knowing."
+def facts(rows:dict, caption:str, profile:str, source:str=""):
+    "A two-column table of things worth knowing. `source` replaces the caption's `source_note`."
     cells = "".join(f'<tr><th scope="row">{html.escape(str(k))}</th><td class="text">{html.escape(str(v))}</td></tr>' for k,v in rows.items())
-    emit("facts", f'<table class="facts"><caption>{html.escape(caption)} {source_note(profile)}</caption><tbody>{cells}</tbody></table>')
+    emit("facts", f'<table class="facts"><caption>{html.escape(caption)} {source or source_note(profile)}</caption><tbody>{cells}</tbody></table>')
 
 # %% ../nbs/72_report.ipynb #72-report-20
 def wide(rows): # -> (means, stds, n seeds), percent, one row per variant
@@ -207,13 +216,14 @@ def show_groups(
     emit("table", page, "\n".join(md), name=name, caption=text.replace("Below ours, in grey,", "In brackets")) # Markdown has neither
 
 # %% ../nbs/72_report.ipynb #72-report-25
-def show_texts(t, name:str, profile:str, caption:str):
-    "Show a DataFrame of text, one row per name in its index; its columns are headings."
-    caption = f"{caption} {source_note(profile)}"
-    head = "".join(f'<th scope="col">{c}</th>' for c in t)
+def show_texts(t, name:str, profile:str, caption:str, source:str="", prose=()):
+    "Show a DataFrame of text, one row per name in its index; its columns are headings. `source` replaces the caption's `source_note`; columns in `prose` wrap and start at the left."
+    caption = f"{caption} {source or source_note(profile)}"
     line = lambda cells: "| " + " | ".join(cells) + " |"
-    md = [line(["", *(c.replace("<br>", " ") for c in t)]), "|---|" + "--:|"*t.shape[1], *(line([v, *t.loc[v]]) for v in t.index)]
-    body = "".join(f'<tr><th scope="row">{html.escape(v)}</th>' + "".join(f"<td>{html.escape(x)}</td>" for x in t.loc[v]) + "</tr>" for v in t.index)
+    md = [line(["", *(c.replace("<br>", " ") for c in t)]), "|---|" + "".join("---|" if c in prose else "--:|" for c in t), *(line([v, *t.loc[v]]) for v in t.index)]
+    left = {c: ' class="text"' if c in prose else "" for c in t}
+    head = "".join(f'<th scope="col"{left[c]}>{c}</th>' for c in t)
+    body = "".join(f'<tr><th scope="row">{html.escape(v)}</th>' + "".join(f"<td{left[c]}>{html.escape(x)}</td>" for c,x in t.loc[v].items()) + "</tr>" for v in t.index)
     emit("table", f'<table class="results"><caption>{html.escape(caption)}</caption><thead><tr><td></td>{head}</tr></thead><tbody class="ours">{body}</tbody></table>', "\n".join(md), name=name, caption=caption)
 
 def show_table(rows:list, name:str, profile:str, caption:str, paper=None):
