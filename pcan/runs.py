@@ -289,7 +289,7 @@ def environment(model)->dict:
     gpu = torch.cuda.is_available()
     return dict(pcan=_version("pcan"), commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain", "--untracked-files=no", "--", "pcan", "nbs")),
                 python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, accelerate=accelerate.__version__, opencv=cv2.__version__,
-                device=torch.cuda.get_device_name() if gpu else f"CPU, {platform.machine()}", threads=torch.get_num_threads(), processes=int(os.environ.get("WORLD_SIZE", 1)),
+                device=torch.cuda.get_device_name() if gpu else f"CPU, {platform.machine()}", vector=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads(), processes=int(os.environ.get("WORLD_SIZE", 1)),
                 parameters=sum(p.numel() for p in model.parameters()), started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
 def _version(name):
