@@ -2,6 +2,7 @@
 # make reports FRESH=1       the same from nothing, into reports/fresh, beside the committed results
 # make reports SYSTEMS=all   with the fourteen other systems of Table 1
 # make test                  notebooks and package in sync, notebook tests, pytest, a smoke run of every experiment
+# make verify               one cheap run of each table again, compared with the committed result; TABLES=systems chooses
 # make test-site             the committed pages in a browser (needs Chromium): console, requests, pictures, links, phone, dark, paper
 # make test-slow             every system at the paper's size, forward and backward: minutes
 PROFILE ?= quick
@@ -10,7 +11,7 @@ VENV    ?= .venv
 BIN     := $(VENV)/bin
 JOBS    ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help install reports test test-slow test-site notebooks readme data clean
+.PHONY: help install reports verify test test-slow test-site notebooks readme data clean
 help:
 	@grep '^# make' Makefile | cut -c3-
 
@@ -24,6 +25,9 @@ $(VENV)/.installed: constraints.txt settings.ini setup.py
 reports: install
 	$(BIN)/nbdev_export
 	$(BIN)/pcan_report --profile $(PROFILE) $(if $(SYSTEMS),--systems $(SYSTEMS)) $(if $(FRESH),--fresh)
+
+verify: install
+	$(BIN)/pcan_verify --profile $(PROFILE) $(if $(TABLES),--tables $(TABLES))
 
 data: install
 	$(BIN)/pcan_synth $(PROFILE)

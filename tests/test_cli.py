@@ -6,7 +6,7 @@ import pytest
 BIN = Path(sys.executable).parent
 def shell(*args): return subprocess.run([str(BIN/args[0]), *map(str, args[1:])], capture_output=True, text=True, timeout=300)
 
-@pytest.mark.parametrize("command", ["pcan_synth", "pcan_train", "pcan_report", "pcan_validate"])
+@pytest.mark.parametrize("command", ["pcan_synth", "pcan_train", "pcan_report", "pcan_validate", "pcan_verify"])
 def test_help(command):
     r = shell(command, "--help")
     assert r.returncode==0 and "--" in r.stdout and len(r.stdout) > 200
