@@ -40,6 +40,7 @@ def smoke(tmp_path_factory):
     at, old = tmp_path_factory.mktemp("smoke"), os.environ.get("PCAN_ROOT")
     (at/"data").mkdir()
     shutil.copytree(root()/"data"/"paper", at/"data"/"paper")
+    shutil.copy(root()/"data"/"reproducibility.csv", at/"data")
     shutil.copytree(HERE, at/"nbs"/"experiments")
     shutil.copy(root()/"settings.ini", at)
     os.environ["PCAN_ROOT"] = str(at)
