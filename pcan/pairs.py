@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAIR_COLORS', 'PAIR_MARKS', 'confused', 'closest_pair', 'examples', 'pair_table', 'few_colours', 'plot_pair',
-           'plot_probabilities', 'cosines', 'positions', 'kept_positions', 'plot_positions']
+           'plot_probabilities', 'cosines', 'features', 'positions', 'kept_positions', 'plot_positions']
 
 # %% ../nbs/77_pairs.ipynb #77-pairs-02
 import numpy as np
@@ -108,27 +108,33 @@ def cosines(
     return cosine(torch.cat([F.float(), two]), two).cpu().numpy().astype(float)
 
 @torch.no_grad()
-def positions(
+def features(
     run,         # a finished PCAN `Run` whose weights are on disk
     split:str,   # "val" or "test"
-    pair:tuple,  # two action ids
-):               # DataFrame: run, stream, kind (sample or prototype), action, first, second
-    "Every clip of two actions and their prototypes, in both streams. A `DataError` without weights."
-    import pandas as pd
+    pick,        # function of all clips' actions; returns the clips to run, by number
+)->tuple:        # their actions; {stream: (features `(N,C)`, action prototypes `(K_A,C)`)}
+    "What prototypes are made of, for some clips, and the prototypes. A `DataError` without weights."
     from torch.utils.data import default_collate
     from pcan.augment import prepare
     from pcan.runs import clips_of, weights
     from pcan.systems import SYSTEMS
     state, clips = weights(run), clips_of(run, split)
     model, _ = SYSTEMS[run.system].build(run); model.load_state_dict(state); model.eval()
-    at = [i for i,c in enumerate(clips.clips) if c.label in pair]; rows, y = [], [MA52.actions[clips.clips[i].label] for i in at]
+    labels = np.array([c.label for c in clips.clips]); at = [int(i) for i in pick(labels)]
     parts = [model(*prepare(default_collate([clips[i] for i in at[b:b+run.optim.batch]]), run.clip, False)) for b in range(0, len(at), run.optim.batch)]
-    for stream,head in model.heads.items():
-        F = torch.cat([s[stream].feature if s[stream].feature_a is None else s[stream].feature_a for s in parts])
-        F = F.unflatten(0, (len(at), -1)).mean(1)             # several views of a clip: their mean
-        xy = cosines(F, head.P_a.P, pair).round(6)
-        names, kinds = y + [MA52.actions[k] for k in pair], ["sample"]*len(at) + ["prototype"]*2
-        rows += [dict(run=run.name, stream=stream, kind=k, action=a, first=x, second=z) for k,a,(x,z) in zip(kinds, names, xy)]
+    mean = lambda s: torch.cat([p[s].feature if p[s].feature_a is None else p[s].feature_a for p in parts]).unflatten(0, (len(at), -1)).mean(1)  # over views of a clip
+    return labels[at], {s: (mean(s), head.P_a.P) for s,head in model.heads.items()}
+
+def positions(
+    run, split:str,
+    pair:tuple,  # two action ids
+):               # DataFrame: run, stream, kind (sample or prototype), action, first, second
+    "Every clip of two actions and their prototypes, in both streams. A `DataError` without weights."
+    import pandas as pd
+    labels, found = features(run, split, lambda y: np.flatnonzero(np.isin(y, pair))); rows = []
+    names, kinds = [MA52.actions[k] for k in (*labels, *pair)], ["sample"]*len(labels) + ["prototype"]*2
+    for stream,(F,P) in found.items():
+        rows += [dict(run=run.name, stream=stream, kind=k, action=a, first=x, second=z) for k,a,(x,z) in zip(kinds, names, cosines(F, P, pair).round(6))]
     return pd.DataFrame(rows)
 
 # %% ../nbs/77_pairs.ipynb #77-pairs-22
