@@ -21,7 +21,7 @@ from .verdicts import Verdict, comparisons, in_words
 # %% ../nbs/72_report.ipynb #72-report-05
 #: Experiment notebooks in reading order, and what the menu calls them.
 EXPERIMENTS = dict(benchmark="Benchmark", audit="Audit", figure1="Figure 1", table1="Table 1", table2="Table 2", table3="Table 3",
-                   figure3="Figure 3", figure4="Figure 4", figure5="Figure 5", claims="Claims", curves="Curves", systems="Systems",
+                   figure3="Figure 3", figure4="Figure 4", figure5="Figure 5", claims="Claims", errors="Errors", curves="Curves", systems="Systems",
                    readings="Readings", repaired="Repaired", reproducibility="Reproducibility")
 
 #: Experiments with many runs of their own: part of these profiles, elsewhere on request.
