@@ -9,7 +9,7 @@ __all__ = ['COLORS', 'READING_COLORS', 'GROUPS', 'TERMS', 'SHARES', 'GROUP_COLOR
            'plot_systems', 'label_points', 'plot_terms', 'plot_shares', 'picture', 'plot_contact']
 
 # %% ../nbs/73_figures.ipynb #73-figures-02
-import io
+import base64, io, re
 
 import numpy as np
 
@@ -43,7 +43,9 @@ def stamp(fig, profile:str):
 def palette(png:bytes)->bytes:
     "The same picture in 256 colours: a third of the bytes."
     from PIL import Image
-    Image.open(io.BytesIO(png)).convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(b := io.BytesIO(), "png", optimize=True)
+    image = Image.open(io.BytesIO(png))
+    if "A" in image.getbands() and image.getextrema()[-1][0]<255: return png             # see-through: left alone
+    image.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(b := io.BytesIO(), "png", optimize=True)
     return b.getvalue()
 
 def save_figure(
@@ -64,6 +66,7 @@ def save_figure(
     for e,meta in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
         fig.savefig(b := io.BytesIO(), format=e, dpi=dpi, metadata=meta, facecolor="white"); buffer[e] = b.getvalue()
     buffer["png"] = palette(buffer["png"])
+    buffer["svg"] = re.sub(rb"(?<=data:image/png;base64,)[^\"]+", lambda m: base64.b64encode(palette(base64.b64decode(m[0]))), buffer["svg"])   # pictures inside
     buffer["csv"] = data.to_csv(index=False, float_format="%.6f", lineterminator="\n").encode()
     for e,p in paths.items():
         with atomic(p) as f: f.write(buffer[e])
