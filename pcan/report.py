@@ -144,7 +144,8 @@ def wide(rows): # -> (means, stds, n seeds), percent, one row per variant
 
 def unit(n)->str: # a sentence of the caption
     "What the numbers are. `n` counts seeds per row."
-    return "Percent." if max(n)==1 else f"Percent; mean ± standard deviation over {max(n)} seeds."
+    n = n.drop("Majority class", errors="ignore")
+    return "Percent." if max(n)==1 else f"Percent; mean ± standard deviation over {max(n)} seeds{', one seed where there is no ±' if min(n)==1 else ''}."
 
 def _block(heading, table, cell, cls): # one <tbody>
     head = f'<tr class="block"><th colspan="{table.shape[1]+1}" scope="rowgroup">{html.escape(heading)}</th></tr>'
@@ -186,11 +187,11 @@ def table_markdown(rows, paper, profile:str)->str:
 # %% ../nbs/72_report.ipynb #72-report-24
 def _beside(rows, paper, more): # -> the cells of both forms: function from variant and column to (ours, the paper's or empty)
     mean, std, n = wide(rows); best = mean.drop("Majority class", errors="ignore").round(2).max()
-    def cell(v, m, bold="**{}**"):
+    def cell(v, m, bold="**{}**", small=" ±{}"):
         if m not in mean: return more.at[v, m] if v in more.index else "", ""
         ours = f"{mean.at[v, m]:.2f}"
         if v!="Majority class" and round(mean.at[v, m], 2)==best[m]: ours = bold.format(ours)
-        return ours + ("" if np.isnan(std.at[v, m]) else f" ±{std.at[v, m]:.2f}"), f"{paper.at[v, m]:.2f}" if v in paper.index else ""
+        return ours + ("" if np.isnan(std.at[v, m]) else small.format(f"{std.at[v, m]:.2f}")), f"{paper.at[v, m]:.2f}" if v in paper.index else ""
     return mean.join(more), cell
 
 def show_groups(
@@ -204,7 +205,7 @@ def show_groups(
     save_table(rows, name, profile)
     table, cell = _beside(rows, paper, more)
     def td(v, m):
-        ours, theirs = cell(v, m, "<b>{}</b>")
+        ours, theirs = cell(v, m, "<b>{}</b>", '<span class="sd">±{}</span>')
         return ours + (f'<br><span class="sd">{theirs}</span>' if theirs else "")
     heads = {m: METRICS.get(m, m) for m in table}
     text = f"{caption} {unit(wide(rows)[2])} Below ours, in grey, the paper's number on MA-52{'' if kind(profile)=='real' else ', for orientation only'}. {source_note(profile)}"

@@ -325,12 +325,12 @@ def index(profile:str="quick"): # -> Path of the overview
     def write(path, text):
         with atomic(path, "w") as f: f.write(text)
         return path
-    there = [p for p in SERIOUS if p==profile or folder(p, "index.html").exists()]
+    shown, profiles = best()
+    there = [p for p in SERIOUS if p in profiles.values() and (p==profile or folder(p, "index.html").exists())]
     here = write(folder(profile, "index.html"), overview_html(nbs, dict.fromkeys(nbs, profile), others=[p for p in there if p!=profile]))
     if profile!="smoke":
-        nbs, profiles = best()
-        write(reports_dir()/"index.html", overview_html(nbs, profiles, True, there))
-        write(reports_dir()/"README.md", overview_markdown(nbs, profiles))
+        write(reports_dir()/"index.html", overview_html(shown, profiles, True, there))
+        write(reports_dir()/"README.md", overview_markdown(shown, profiles))
     return here
 
 # %% ../nbs/76_site.ipynb #76-site-33

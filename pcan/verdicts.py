@@ -224,6 +224,9 @@ def in_words(
     some = [f"“{k}” ({', '.join(v)})" for k,v in real.items() if v]
     none, part = [f"“{k}”" for k,v in real.items() if not v], any(0<len(v)<len(found[k].differences) for k,v in real.items())
     noise = [*none, *(["the remaining metrics of those named first"] if part else [])] if some else ["all of them"]
+    if len(some)>6: # a list nobody reads: count
+        stars = [d.value for k,m,d in cells if found[k].adjusted[m]<alpha]
+        some, noise = [f"{len(stars)} of them (with a star), {sum(x>0 for x in stars)} above and {sum(x<0 for x in stars)} below zero"], ["the others"] if len(stars)<len(cells) else []
     fewest, n = min((d.seeds, d.base) for *_,d in cells), len(cells)
     reach = "with one seed this speaks about these networks only, not about the methods" if fewest[0]==1 else "the luck of training is included"
     after, alone = f"after Holm's correction for {n} comparisons" if n>1 else "at this one comparison", sum(d.p<alpha for *_,d in cells)
