@@ -120,15 +120,22 @@ def read_split(
     "Read one split's list and keypoints. A `DataError` says what is missing or broken, and where."
     if split not in SPLITS: raise DataError(_said("split", repr(split), f"one of {', '.join(SPLITS)}"))
     listed, keypoints, videos, hidden = _files(root, split)
-    labels = read_list(listed, problems)
+    labels = _part(read_list, listed, problems)
     if split=="test":
         answers = read_list(hidden, problems) if hidden.is_file() else {}
         labels = {name: answers.get(name, -1) for name in labels}
-    people, out = read_keypoints(keypoints, problems), []
-    for name,label in labels.items():
-        if name in people: out.append(Clip(name, videos/f"{name}.mp4", label, *people[name]))
-        else: _complain(problems, _said(keypoints, f"no usable keypoints of {name}", "one entry per video listed"))
-    return out
+    people = _part(read_keypoints, keypoints, problems)
+    lost = [_said(keypoints, f"no usable keypoints of {n}", "one entry per video listed") for n in labels if n not in people]
+    if problems is None and lost: raise DataError(lost[0])
+    if problems is not None and people: problems += _few(lost, f"{keypoints}: found no usable keypoints of {len(lost):,} of {len(labels):,} listed videos")
+    return [Clip(name, videos/f"{name}.mp4", label, *people[name]) for name,label in labels.items() if name in people]
+
+def _part(read, path, problems): # the list or the keypoints of a split; nothing, if it cannot be read and complaints are collected
+    try: return read(path, problems)
+    except DataError as e: return _complain(problems, str(e)) or {}
+
+def _few(lines, many): # a line for each of a few, one for many
+    return lines if len(lines)<=5 else [f"{many} (the first: {lines[0]})"]
 
 # %% ../nbs/11_data.ipynb #11-data-26
 def video(
@@ -376,17 +383,25 @@ class Report:
     "What `validate` found."
     root:str
     counts:dict     # split -> `(52,)` clips per action; hidden labels are not counted
-    clips:dict      # split -> number of clips
+    clips:dict      # split -> number of clips with a skeleton
     problems:list   # one sentence each; training would stop here
     notes:list = field(default_factory=list) # worth knowing, nothing breaks
+    there:dict = field(default_factory=dict) # split -> clips that are listed, listed with video, with skeleton, with both
 
     @property
     def ok(self)->bool: return not self.problems
+    def whole(self, split:str)->bool: 
+        "Has every listed clip its video and its skeleton?"
+        n = self.there[split]
+        return bool(n and n[0]) and len(set(n))==1
+    def _line(self, s):
+        n, c = self.there[s], self.counts.get(s)
+        if n is None: return "  not here"
+        if not n[0]: return "  no list"
+        if not self.whole(s): return "  incomplete: {:,} listed, {:,} with video, {:,} with skeleton, {:,} with both".format(*n)
+        return f"{self.clips[s]:6} clips, {(c>0).sum():2} of {len(c)} actions" + (f", {c[c>0].min()} to {c.max()} of each" if c.any() else ", labels hidden")
     def __str__(self, most=20):
-        lines = [self.root]
-        for s,c in self.counts.items():
-            each = f", {c[c>0].min()} to {c.max()} of each" if c.any() else ", labels hidden"
-            lines.append(f"  {s:5} {self.clips[s]:6} clips, {(c>0).sum():2} of {len(c)} actions{each}")
+        lines = [self.root, *(f"  {s:5} {self._line(s)}" for s in self.there)]
         for name,rows in (("problem", self.problems), ("note", self.notes)):
             lines.append(f"{len(rows)} {name}{'' if len(rows)==1 else 's'}")
             lines += [f"  {r}" for r in rows[:most]] + ([f"  ... and {len(rows)-most} more"] if len(rows)>most else [])
@@ -420,20 +435,25 @@ def validate(
     progress:bool=False,
 )->Report:
     "Look at every file of a data set, say what is there and what is wrong. A `DataError` if there is no such folder."
-    root, counts, clips, problems, notes = Path(root), {}, {}, [], []
+    root, counts, clips, problems, notes, there = Path(root), {}, {}, [], [], {}
     if not root.is_dir(): raise DataError(f"{root}: no such folder. {_HELP}")
     for split in SPLITS:
-        try: rows = read_split(root, split, problems)
-        except DataError as e: problems.append(str(e)); continue
-        clips[split] = len(rows)
-        counts[split] = np.bincount([c.label for c in rows if c.label>=0], minlength=MA52.K_A)
-        folder = _files(root, split)[2]
-        there = {f.stem for f in folder.glob("*.mp4")}
-        problems += [f"{c.path}: no such video, though it is listed" for c in rows if c.name not in there]
+        listed, keypoints, folder, _ = _files(root, split)
+        if not any(f.exists() for f in (listed, keypoints, folder)):
+            there[split] = None
+            problems.append(_said(split, "nothing of it", f"{listed.relative_to(root)}, {keypoints.relative_to(root)} and {folder.relative_to(root)}")); continue
+        rows, names = read_split(root, split, problems), set(_part(read_list, listed, []))
+        films, people = {f.stem for f in folder.glob("*.mp4")}, {c.name for c in rows}
+        there[split] = len(names), len(names&films), len(people), len(people&films)
+        if rows:
+            clips[split] = len(rows)
+            counts[split] = np.bincount([c.label for c in rows if c.label>=0], minlength=MA52.K_A)
+        lost, more = ([f"{folder/n}.mp4" for n in sorted(x)] for x in (names-films, films-names))
+        problems += _few([f"{f}: no such video, though it is listed" for f in lost], f"{folder}: {len(lost):,} of {len(names):,} listed videos are missing")
         if videos:
-            bar, jobs = f"{split} videos" if progress else None, [c for c in rows if c.name in there]
+            bar, jobs = f"{split} videos" if progress else None, [c for c in rows if c.name in films]
             problems += filter(None, _run_all(_broken, jobs, workers, bar))
-        notes += [f"{folder/name}.mp4: not in the list" for name in sorted(there-{c.name for c in rows})]
+        notes += _few([f"{f}: not in the list" for f in more], f"{folder}: {len(more):,} videos are not in the list")
         notes += filter(None, map(_notes, rows))
     problems += _names(root/"annotations"/"label_name.txt")
-    return Report(str(root), counts, clips, problems, notes)
+    return Report(str(root), counts, clips, problems, notes, there)

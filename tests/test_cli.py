@@ -34,3 +34,13 @@ def test_a_table_in_pieces(tmp_path, monkeypatch, capsys):
     assert cli.train([*args, "--minutes", "0"])==3
     assert "0 of 2 runs were finished when the time was up; the same command goes on" in capsys.readouterr().out
     assert cli.train(args)==0 and run.name in capsys.readouterr().out
+
+def test_every_command_is_a_function():
+    "What settings.ini promises is there, also as `python -m pcan.cli NAME`."
+    import re
+    from pcan import cli
+    root = Path(__file__).resolve().parent.parent
+    scripts = dict(re.findall(r"(pcan_\w+)=pcan\.cli:(\w+)", (root/"settings.ini").read_text()))
+    assert len(scripts)>=6 and all(callable(getattr(cli, f)) and n==f"pcan_{f.rstrip('_')}" for n,f in scripts.items())
+    r = subprocess.run([sys.executable, "-m", "pcan.cli"], capture_output=True, text=True, timeout=300)
+    assert all(f"{n[5:]}" in r.stderr for n in scripts), r.stderr
