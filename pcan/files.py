@@ -100,15 +100,25 @@ _ALLOWED = {(m, n) for m in ("numpy", "numpy.core.multiarray", "numpy._core.mult
          | {("collections", "OrderedDict"), ("_codecs", "encode")}
 
 class _Restricted(pickle.Unpickler):
+    def __init__(self, f, more): super().__init__(f); self.more = more
     def find_class(self, module, name):
+        if (module, name) in self.more: return self.more[module, name]
         if (module, name) in _ALLOWED: return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it wants to load {module}.{name}, which is neither a numpy array nor a plain container")
 
-def load_pickle(path:str|Path): # plain containers and numpy arrays
+def _tensors(): # what a pickled torch tensor asks for; its bytes are read as weights only
+    import io, torch
+    return {("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+            ("torch.storage", "_load_from_bytes"): lambda b: torch.load(io.BytesIO(b), map_location="cpu", weights_only=True)}
+
+def load_pickle(
+    path:str|Path,
+    tensors:bool=False, # allow torch tensors too
+): # plain containers and numpy arrays
     "Read a pickle that may hold numpy arrays and plain containers only. Anything else, or a broken file, is a `DataError`."
     try:
-        with open(path, "rb") as f: return _Restricted(f).load()
+        with open(path, "rb") as f: return _Restricted(f, _tensors() if tensors else {}).load()
     except FileNotFoundError: raise DataError(f"{path}: no such file") from None
     except Exception as e:
-        raise DataError(f"{path}: not a readable pickle of arrays ({type(e).__name__}: {e}). Expected numpy arrays in plain lists "
+        raise DataError(f"{path}: not a readable pickle of arrays ({type(e).__name__}: {e}). Expected numpy arrays{' or tensors' if tensors else ''} in plain lists "
                         "and dicts; if the file was cut short, download or generate it again") from None

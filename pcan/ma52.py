@@ -199,11 +199,13 @@ def fetch(
     endpoint:str=None, # of the hub
 )->Path:               # the file, in `to/archives`
     "Transfer a file, from where the last attempt stopped. A `DataError` if it is not what the hub says it is."
-    from huggingface_hub import hf_hub_url
+    from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
     part, done = piece(r, to), to/"archives"/r.file
     if done.is_file() and done.stat().st_size==r.size and sha_like(done, r.sha)==r.sha: return done
+    if r.size>constants.MAX_HTTP_DOWNLOAD_SIZE:
+        raise DataError(f"{r.key}: {_gb(r.size)} are more than the hub sends over a plain connection. Fetch it with `hf download {r.repo} {r.path} --repo-type dataset --local-dir {done.parent}` and run the same command again")
     part.parent.mkdir(parents=True, exist_ok=True)
     for old in part.parent.glob(f"{done.name}.*.part"):
         if old!=part: old.unlink()                                       # of a file that has changed on the hub

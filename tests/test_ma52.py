@@ -109,6 +109,21 @@ def test_a_process_that_ended(hub, at, tmp_path, monkeypatch):
     p = get(tmp_path/"a", at, only=("train",))
     assert "of it are here" in p.rows[0][2] and sent(hub)==[("train.zip", f"bytes={size//3}-")]
 
+def test_what_a_killed_process_left(hub, at, tmp_path):
+    litter = tmp_path/"a/.unpack-old/raw_videos/val"; litter.mkdir(parents=True); (litter/"x.mp4").write_bytes(b"half")
+    get(tmp_path/"a", at, only=("val",))
+    assert not list((tmp_path/"a").glob(".unpack-*")) and not (tmp_path/"a/raw_videos/val/x.mp4").exists()
+
+def test_brought_by_another_way(hub, at, tmp_path, monkeypatch):
+    "A file too large for a plain connection: what to do is said, and after that it works."
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, "MAX_HTTP_DOWNLOAD_SIZE", 1000)
+    refused(lambda: get(tmp_path/"a", at, only=("val",)), "plain connection", "hf download kunli-cs/MA-52 val.zip")
+    (tmp_path/"a/archives").mkdir(parents=True, exist_ok=True)
+    (tmp_path/"a/archives/val.zip").write_bytes(hub.repos[ma52.REPO]["val.zip"])
+    get(tmp_path/"a", at, only=("val",))
+    assert not sent(hub) and len(list((tmp_path/"a/raw_videos/val").iterdir()))==3 and not (tmp_path/"a/archives").exists()
+
 def test_a_hub_that_is_down(hub, at, tmp_path):
     hub.down = True
     refused(lambda: get(tmp_path/"a", at, only=("train",)), "answered 503", "goes on from there")
