@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PROFILES', 'RECIPE', 'BEST', 'ALPHAS', 'LAMBDAS', 'LONG', 'Profile', 'profile_of', 'Run', 'stated', 'make', 'seen',
            'check_asked', 'from_dict', 'singles', 'weights', 'trained_as', 'begin', 'data_identity', 'ensure_data',
-           'has_video', 'data_root', 'clips_of', 'Result', 'played_by', 'with_fused', 'kept', 'measure', 'environment',
-           'locked', 'get', 'score', 'train', 'adopt', 'cost', 'start', 'fill_cache', 'epochs_done', 'begins_with',
-           'unfinished', 'RunError', 'TimeUp', 'get_all', 'table1', 'systems', 'table2', 'table3', 'alone', 'readings',
-           'choices', 'repairs', 'plan', 'agreement']
+           'has_video', 'data_root', 'clips_of', 'Result', 'played_by', 'with_fused', 'everything', 'kept', 'measure',
+           'environment', 'locked', 'get', 'score', 'train', 'adopt', 'cost', 'start', 'fill_cache', 'epochs_done',
+           'begins_with', 'unfinished', 'RunError', 'TimeUp', 'get_all', 'table1', 'systems', 'table2', 'table3',
+           'alone', 'readings', 'choices', 'repairs', 'plan', 'agreement']
 
 # %% ../nbs/71_runs.ipynb #71-runs-02
 import csv, fcntl, os, platform, resource, subprocess, sys, time
@@ -271,7 +271,11 @@ def with_fused(
 
 BEST = 5, 2   # actions and bodies kept per clip: the rest is stored as 0
 
-def kept(outputs:dict, clips:int=1)->dict: # {stream: (p_action, p_body or None)}
+def everything(outputs:dict, clips:int=1)->dict: # {stream: (p_action, p_body or None)}
+    "Each stream's probabilities. The fusion, and bodies read off the tree, follow from them."
+    return {n: (p, b if outputs[n].body is not None else None) for n,(p,b) in fuse(outputs, MA52, clips).items() if n!="fused"}
+
+def kept(outputs:dict, clips:int=1)->dict: # the same
     "What of a model's outputs is worth keeping: of every clip what is among the best of a stream or of the streams' mean. All metrics follow from it, exactly."
     p = {n: [x.half().float() for x in v] for n,v in fuse(outputs, MA52, clips).items() if n!="fused"}   # as they are stored
     def best(level): # (N,K) bool
@@ -328,10 +332,11 @@ def score(
     run:Run, model, accelerator,
     clips:Clips,    # what to score
     workers:int=0,  # data-loading processes
+    keep=kept,      # or `everything`
 )->dict:            # what `Result.scores` keeps
     "A model's probabilities for every clip of a split."
     batches = accelerator.prepare(loader(clips, run.optim.batch, workers=workers, train=False))
-    s = predict(model, batches, accelerator, lambda b: prepare(b, run.clip, False), lambda out: kept(out, run.clip.clips_test))
+    s = predict(model, batches, accelerator, lambda b: prepare(b, run.clip, False), lambda out: keep(out, run.clip.clips_test))
     y, names = s.pop("label"), np.array([clips.clips[i].name for i in s.pop("index")])
     return dict(name=names, y_a=y, y_b=MA52.parent[y].numpy()) | s
 

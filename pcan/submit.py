@@ -17,7 +17,7 @@ from .data import SPLITS, Clips, cache_path, read_list
 from .files import DataError, atomic, data_dir, load_pickle, read_json, reports_dir
 from .metrics import evaluate
 from .model import best_child
-from .runs import Run, from_dict, make, measure, score, with_fused
+from .runs import Run, everything, from_dict, make, measure, score, with_fused
 from .systems import SYSTEMS
 from .tree import MA52
 
@@ -291,7 +291,7 @@ def test_model(
     cached = run.clip.cache and (cache_path(data, split, run.clip)/"index.json").is_file()
     spec = replace(run.clip, cache=cached)
     run = replace(run, clip=spec, optim=replace(run.optim, batch=batch))
-    return score(run, accelerator.prepare(laid_out(model.to(accelerator.device))), accelerator, Clips(data, split, spec), workers)
+    return score(run, accelerator.prepare(laid_out(model.to(accelerator.device))), accelerator, Clips(data, split, spec), workers, everything)
 
 def keep_scores(path:str|Path, s:dict):
     "Write scores as a finished run keeps them."
