@@ -30,6 +30,17 @@ def test_readme_is_the_index():
     from pcan.docs import readme
     assert (ROOT/"README.md").read_text(encoding="utf-8") == readme(), "run make readme"
 
+def test_overview_is_what_the_code_draws():
+    "The committed figure holds the texts and as many of each kind of element as the code draws; bytes may differ with matplotlib's version."
+    import re
+    from collections import Counter
+    from pcan.overview import method_svg
+    committed, drawn = (ROOT/"nbs"/"method.svg").read_bytes(), method_svg()
+    parts = lambda svg: (re.findall(r"<text[^>]*>([^<]*)<", svg.decode()), Counter(re.findall(r"<(text|path|image|use)\b", svg.decode())))
+    assert parts(committed)==parts(drawn), "run make readme"
+    assert len(committed) < 150_000
+    assert b"<dc:date>" not in committed
+
 def test_component_notebooks_show_something():
     "A component notebook is committed with its outputs, without errors, under 300 KB, and is no wall of code."
     import nbformat
