@@ -10,7 +10,7 @@ __all__ = ['ClipSpec', 'sample_uniform', 'sample_dense', 'compact_box', 'crop', 
 import numpy as np, torch, torch.nn.functional as F
 from dataclasses import dataclass
 from .heatmap import heatmaps
-from .skeleton import FLIP_PAIRS, RELEASED_FLIP_PAIRS, flip_order
+from .skeleton import FLIP_PAIRS, RELEASED_FLIP_PAIRS, Skeleton, flip_order
 
 # %% ../nbs/12_augment.ipynb #12-augment-05
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class ClipSpec:
     interval:int = 0            # of the RGB frames: 0, spread over the whole clip; n, every n-th frame from one place on
     paired:bool = False         # the Pose stream sees the RGB stream's frames; False: its own draw
     pose_as:str = "heatmaps"    # what the Pose stream sees: "heatmaps", "joints" (coordinates) or "parts" (joints, limbs and their motion)
+    skeleton:Skeleton = Skeleton() # which joints there are, and which trade places in a mirror
 
     def __post_init__(self):
         if self.pose_as not in (known:=("heatmaps", "joints", "parts")): raise ValueError(f"ClipSpec.pose_as: found {self.pose_as!r}, expected one of {known}")
@@ -212,7 +213,7 @@ def _pose(kp, box, flip, order, spec, m): # joints of a batch -> what the Pose s
     xy, score = _joints(kp, box, flip, m, order)
     if spec.pose_as=="heatmaps": return heatmaps(xy, score, (m,m), spec.sigma)
     from pcan.b2c import parts
-    return parts(xy*xy.new_tensor([2,1]), score, (m,2*m))
+    return parts(xy*xy.new_tensor([2,1]), score, (m,2*m), limbs=spec.skeleton.edges)
 
 # %% ../nbs/12_augment.ipynb #12-augment-34
 @torch.no_grad()
@@ -232,6 +233,6 @@ def prepare(
         x = _frames(rgb, box, flip, s).sub_(mean).div_(std)
         if spec.motion: x = torch.cat([x, x-x.mean(2, keepdim=True)], 1)
     if spec.pose_frames:
-        order = torch.as_tensor(flip_order(FLIP_PAIRS if spec.flip_fingers else RELEASED_FLIP_PAIRS), device=kp.device)
+        order = torch.as_tensor(flip_order(spec.skeleton.flips if spec.flip_fingers else RELEASED_FLIP_PAIRS, spec.skeleton.V), device=kp.device)
         pose = _pose(kp, box, flip, order, spec, spec.map_size(train))
     return x, pose

@@ -23,7 +23,7 @@ def _command(f):
 def _parser(f, **kw): return argparse.ArgumentParser(prog=f"pcan_{f}", formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kw)
 
 def _profile(p, default="quick"):
-    p.add_argument("--profile", default=default, help="smoke (seconds), quick (minutes), bench (hours), paper (MA-52 and a GPU)")
+    p.add_argument("--profile", default=default, help="smoke (seconds), quick (minutes), bench (hours), paper (MA-52 and a GPU); quick@NAME: that scale on your own data/NAME")
 
 # %% ../nbs/74_cli.ipynb #74-cli-07
 @_command
@@ -70,10 +70,8 @@ def train(argv=None):
 
 def said(result):
     "Print what a run reached."
-    from pcan.runs import profile_of
-    split = profile_of(result.run.profile).score_on
-    print(f"{result.run.name} ({result.path}), {split}:")
-    for stream,m in result.metrics[split].items():
+    print(f"{result.run.name} ({result.path}), {result.run.split}:")
+    for stream,m in result.metrics[result.run.split].items():
         print(f"  {stream:<6}" + "  ".join(f"{k} {m[k]:6.2%}" for k in ("body_top1", "action_top1", "action_top5", "f1_mean")))
 
 # %% ../nbs/74_cli.ipynb #74-cli-11
@@ -174,7 +172,7 @@ def test(argv=None):
     out = a.out or folder/f"scores_{a.split}.npz"
     if a.out is None and not a.released and out.is_file(): print(f"{out} is there already and stays as it is")
     else: keep_scores(out, s); print(f"{len(s['name']):,} clips: {out}")
-    m = metrics_of(s)
+    m = metrics_of(s, run.tree)
     print(metrics_text(m) if m else "labels are hidden, so there are no metrics; pcan_submit makes the file for Codabench")
 
 # %% ../nbs/74_cli.ipynb #74-cli-21

@@ -32,7 +32,7 @@ def data_dir()->Path: # `root()/data`
 def reports_dir(profile:str="")->Path: # `root()/reports`, or the smoke profile's own folder
     "Where runs, tables and figures live: `$PCAN_REPORTS` or `reports`. What a smoke run makes is kept apart, so it can never pass for a result."
     base = Path(os.environ.get("PCAN_REPORTS") or root()/"reports").resolve()
-    return base/"smoke" if profile=="smoke" else base
+    return base/"smoke" if profile.partition("@")[0]=="smoke" else base
 
 # %% ../nbs/00_files.ipynb #00-files-10
 @contextmanager

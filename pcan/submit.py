@@ -19,7 +19,7 @@ from .metrics import evaluate
 from .model import best_child
 from .runs import Run, everything, from_dict, make, measure, score, with_fused
 from .systems import SYSTEMS
-from .tree import MA52
+from .tree import MA52, ActionTree
 
 # %% ../nbs/93_submit.ipynb #93-submit-05
 @dataclass
@@ -297,9 +297,9 @@ def keep_scores(path:str|Path, s:dict):
     "Write scores as a finished run keeps them."
     with atomic(path) as f: np.savez_compressed(f, **s)
 
-def metrics_of(s:dict)->dict: # {stream: {metric: value}}; {} where labels are hidden
+def metrics_of(s:dict, tree:ActionTree=MA52)->dict: # {stream: {metric: value}}; {} where labels are hidden
     "All metrics of all streams and of their fusion."
-    return measure(with_fused(s)) if (s["y_a"]>=0).all() else {}
+    return measure(with_fused(s, tree), tree) if (s["y_a"]>=0).all() else {}
 
 def load_run(source:str|Path)->tuple: # model, run, folder
     "A finished run's network, from its name or folder. A `DataError` where its weights are not."

@@ -14,11 +14,11 @@ from .attention import TimeSformer, UniFormer, VideoSwin, pretrained
 from .b2c import B2C, B2CLoss, from_images, join
 from .cnn3d import C3D, I3D, SlowFast
 from .frames import MANet, MANetLoss, TIN, TSM, TSN, label_vectors
-from .graphs import CTRGCN, STGCN, TwoStreamAGCN
+from .graphs import CTRGCN, STGCN, TwoStreamAGCN, middle
 from .model import STREAMS, CELoss, Scores, pcan, poseconv3d
 from .repaired import repaired
 from .rgbpose import RGBPoseConv3D, join_
-from .skeleton import EDGES, V
+from .skeleton import Skeleton
 from .slowonly import SlowOnly, image_models, inflate
 from .train import laid_out, make_optimizer
 from .tree import MA52
@@ -65,8 +65,9 @@ class Network(nn.Module):
 # %% ../nbs/89_systems.ipynb #89-systems-09
 def follows(run)->dict: # name -> value
     "The arguments of a network that follow from a run's input."
-    c = run.clip
-    out = dict(frames=c.rgb_frames or c.pose_frames, size=c.rgb_size, map_size=c.pose_size, stream=run.stream)
+    c, s = run.clip, run.clip.skeleton
+    out = dict(K=run.tree.K_A, frames=c.rgb_frames or c.pose_frames, size=c.rgb_size, map_size=c.pose_size, stream=run.stream, V=s.V, L=len(s.edges))
+    if s!=Skeleton(): out |= dict(edges=s.edges, centre=middle(s.edges))
     return out | (dict(in_channels=6 if c.motion else 3) if c.rgb_frames else {})
 
 def sized(net, run, **more)->nn.Module:
@@ -78,12 +79,12 @@ def one(
     label:str,     # in Table 1
     net,           # class of a network; its `thin` are the sizes of the small one
     stream:str,    # the one input it sees: "rgb" or "pose"
-    loss=lambda: CELoss(MA52), # makes the loss
+    loss=lambda run: CELoss(run.tree), # makes the loss
     **row,         # the rest of a `System`
 )->System:
     "A row for a network that sees one input."
     thin = {k: v for k,v in getattr(net, "thin", {}).items() if k!="in_channels"}
-    return System(label, lambda run: (Network(sized(net, run), (stream,), stream), loss()), streams=(stream,), thin=thin, **row)
+    return System(label, lambda run: (Network(sized(net, run), (stream,), stream), loss(run)), streams=(stream,), thin=thin, **row)
 
 # %% ../nbs/89_systems.ipynb #89-systems-11
 def backbone_of(run): # a module that has `widths` or `width`
@@ -137,7 +138,7 @@ SYSTEMS = dict(
     tsn = one("TSN", TSN, "rgb", **_FRAME, optim=_sgd(.01, 256, epochs=100, milestones=(40,80))),
     tin = one("TIN", TIN, "rgb", **_FRAME, optim=_sgd(.01, 48, epochs=50, milestones=(20,40), rule="fc_lr5")),
     tsm = one("TSM", TSM, "rgb", **_FRAME, optim=_sgd(.02, 128, epochs=50, milestones=(25,45), warmup=5., clip=20., rule="fc_lr5")),
-    manet = one("MANet", MANet, "rgb", lambda: MANetLoss(label_vectors()), **_FRAME, optim=_sgd(.00125, 10, epochs=80, milestones=(30,60), clip=20., rule="fc_lr5")),
+    manet = one("MANet", MANet, "rgb", lambda run: MANetLoss(label_vectors(actions=run.tree.actions)), **_FRAME, optim=_sgd(.00125, 10, epochs=80, milestones=(30,60), clip=20., rule="fc_lr5")),
     c3d = one("C3D", C3D, "rgb", group="3D CNN", clip=dict(rgb_frames=16, interval=1, rgb_size=112, mean=(104.,117.,128.), std=(1.,1.,1.)),
               thin_clip=dict(rgb_frames=16), thin_optim=dict(lr=3e-3), optim=_sgd(.001, 240, weight_decay=5e-4, epochs=45, milestones=(20,40))),
     i3d = one("I3D", I3D, "rgb", group="3D CNN", start="imagenet", images=photos, clip=dict(**_STRETCH, test_size=256),
@@ -162,11 +163,11 @@ SYSTEMS |= {
                   clip=dict(pose_as="parts", rgb_frames=16, pose_frames=16, paired=True, mean=(0.,)*3, std=(255.,)*3),
                   thin_clip=dict(pose_as="parts", pose_frames=8, paired=True),
                   optim=_sgd(.05, 6, epochs=70, milestones=(30,50), clip=0.), fused_optim=_sgd(.005, 6)),
-    "poseconv3d": System("PoseConv3D", lambda run: poseconv3d(backbone_of(run), MA52, stream=run.stream), "Dual modality",
+    "poseconv3d": System("PoseConv3D", lambda run: poseconv3d(backbone_of(run), run.tree, stream=run.stream), "Dual modality",
                          pathways=True, alone="poseconv3d", join=join_pathways, images=inflate_rgb),
-    "pcan": System("PCAN", lambda run: pcan(backbone_of(run), MA52, run.method, stream=run.stream), "Ours",
+    "pcan": System("PCAN", lambda run: pcan(backbone_of(run), run.tree, run.method, stream=run.stream), "Ours",
                    pathways=True, alone="poseconv3d", join=join_pathways, images=inflate_rgb),
-    "repaired": System("repaired", lambda run: repaired(backbone_of(run), MA52, run.repair, stream=run.stream),
+    "repaired": System("repaired", lambda run: repaired(backbone_of(run), run.tree, run.repair, stream=run.stream),
                        pathways=True, alone="poseconv3d", join=join_pathways, images=inflate_rgb),
 }
 
@@ -174,8 +175,8 @@ SYSTEMS |= {
 def shapes_of(run)->dict: # stream -> shape of one clip; None for an input that is off
     "What a run's network gets, from its `ClipSpec`."
     c = run.clip
-    m = c.map_size(True)
-    pose = dict(heatmaps=(1,V,c.pose_frames,m,m), joints=(1,c.pose_frames,V,3), parts=(1,V+3*len(EDGES),c.pose_frames,m,2*m))[c.pose_as]
+    m, V, L = c.map_size(True), c.skeleton.V, len(c.skeleton.edges)
+    pose = dict(heatmaps=(1,V,c.pose_frames,m,m), joints=(1,c.pose_frames,V,3), parts=(1,V+3*L,c.pose_frames,m,2*m))[c.pose_as]
     return dict(rgb=(1,6 if c.motion else 3,c.rgb_frames,c.rgb_size,c.rgb_size) if c.rgb_frames else None, pose=pose if c.pose_frames else None)
 
 def shape_of(run)->str:
@@ -210,7 +211,7 @@ def speeds(
 def _step(run, batch): # a function that takes one training step
     model, loss = SYSTEMS[run.system].build(run)
     model, optimizer = laid_out(model).train(), make_optimizer(model, run.optim)
-    x, y = [torch.randn(batch, *s[1:]) if s else None for s in shapes_of(run).values()], torch.arange(batch)%MA52.K_A
+    x, y = [torch.randn(batch, *s[1:]) if s else None for s in shapes_of(run).values()], torch.arange(batch)%run.tree.K_A
     def step():
         loss(model(*x), y)[0].backward()
         optimizer.step(); optimizer.zero_grad(set_to_none=True)

@@ -19,6 +19,7 @@ class ActionTree:
     parents:tuple  # `K_A` body ids
 
     def __post_init__(self):
+        for name in ("bodies", "actions", "parents"): object.__setattr__(self, name, tuple(getattr(self, name)))   # lists from JSON are welcome
         if len(self.actions)!=len(self.parents):
             raise ValueError(f"found {len(self.actions)} actions and {len(self.parents)} parents; expected one parent per action")
         if bad:=sorted(set(self.parents) - set(range(len(self.bodies)))):

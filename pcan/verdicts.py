@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .tree import MA52
+from .tree import MA52, ActionTree
 
 # %% ../nbs/62_verdicts.ipynb #62-verdicts-05
 class Predictions(NamedTuple):
@@ -32,9 +32,10 @@ def whose(scores:dict)->np.ndarray: # (N,) subjects, numbered from 0
 def predictions(
     scores:dict,        # what `Result.scores(split)` returns
     stream:str="fused", # rgb, pose or fused
+    tree:ActionTree=MA52,
 )->Predictions:
     "Most likely action and body part of every clip; without body scores the body part is read off the tree."
-    y_a, p_a, parents = np.asarray(scores["y_a"]), np.asarray(scores[f"{stream}_action"]).argmax(-1), np.array(MA52.parents)
+    y_a, p_a, parents = np.asarray(scores["y_a"]), np.asarray(scores[f"{stream}_action"]).argmax(-1), np.array(tree.parents)
     body = scores.get(f"{stream}_body")
     return Predictions(y_a, parents[y_a], p_a, parents[p_a] if body is None else np.asarray(body).argmax(-1), whose(scores))
 
@@ -58,8 +59,8 @@ def score(
     W = np.ones((1, by.max()+1)) if W is None else W
     level, kind = metric.split("_", 1)
     if metric=="f1_mean": return sum(score(p, f"{l}_f1_{k}", W, by) for l in ("body", "action") for k in ("macro", "micro"))/4
-    y, q, K = (p.y_b, p.p_b, MA52.K_B) if level=="body" else (p.y_a, p.p_a, MA52.K_A)
-    if kind=="f1_macro": return _f1(y, q, W, K, by)
+    y, q = (p.y_b, p.p_b) if level=="body" else (p.y_a, p.p_a)
+    if kind=="f1_macro": return _f1(y, q, W, 1+max(y.max(), q.max()), by)
     total = lambda x: np.bincount(by, x, W.shape[1])       # of a number per clip, (S,)
     return W@total(y==q)/(W@total(np.ones(len(y))))        # top-1, which is also micro F1
 
