@@ -15,6 +15,7 @@ import numpy as np
 
 from .files import atomic
 from .report import folder, kind, source_note
+from .skeleton import Skeleton, draw_skeleton
 from .tree import BODY_COLORS, MA52
 from .verdicts import interval
 
@@ -335,22 +336,21 @@ def plot_shares(t): # -> figure
     return fig
 
 # %% ../nbs/73_figures.ipynb #73-figures-49
-def picture(clip, side:int=260, at=None): # (side,side,3) uint8, or (n,side,side,3) for n frame numbers
+def picture(clip, side:int=260, at=None, skeleton=Skeleton()): # (side,side,3) uint8, or (n,side,side,3) for n frame numbers
     "Frames of a clip, cut to the person, with the keypoints drawn. The middle frame by default."
     from pcan.augment import ClipSpec
     from pcan.data import person_frames, person_keypoint
-    from pcan.skeleton import draw_skeleton
     spec, t = ClipSpec(side=side), [len(clip.keypoint)//2] if at is None else list(at)
     kp = person_keypoint(clip, spec)
-    out = np.stack([draw_skeleton(f, kp[i,:,:2], kp[i,:,2], max(1, side//130)) for f,i in zip(person_frames(clip, spec, t), t)])
+    out = np.stack([draw_skeleton(f, kp[i,:,:2], kp[i,:,2], max(1, side//130), skeleton) for f,i in zip(person_frames(clip, spec, t), t)])
     return out[0] if at is None else out
 
-def plot_contact(rows:list, side:int=120): # -> figure
+def plot_contact(rows:list, side:int=120, skeleton=Skeleton()): # -> figure
     "A contact sheet. `rows` are (label, `Clip`); six frames each, first to last."
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(len(rows), 1, figsize=(7.2, 1.42*len(rows)), squeeze=False)
     for ax,(label,clip) in zip(axes[:,0], rows):
-        frames = picture(clip, side, np.linspace(0, len(clip.keypoint)-1, 6).round().astype(int))
+        frames = picture(clip, side, np.linspace(0, len(clip.keypoint)-1, 6).round().astype(int), skeleton)
         ax.imshow(np.concatenate(list(frames), 1), interpolation="nearest"); ax.axis("off")
         ax.set_title(label, fontsize=8.5, weight="normal", pad=2)
     return fig

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from .augment import prepare, sample_uniform
 from .checkpoint import Opened, open_checkpoint
-from .data import Clip, _best_person, _brief, _reader, _scores, _wrong, item, person, person_frames, person_keypoint, sampled
+from .data import Clip, _best_person, _brief, open_video, _scores, _wrong, item, person, person_frames, person_keypoint, sampled
 from .files import DataError, atomic, load_pickle, write_json
 from .model import fuse
 from .prototypes import cosine
@@ -55,7 +55,7 @@ def open_film(path:str|Path)->Film:
     path = Path(path)
     if not path.is_file(): raise DataError(f"{path}: no such file; expected a video, or a pickle of joints (.pkl)")
     try:
-        n, read, when = _reader(str(path))
+        n, read, when = open_video(str(path))
         size, times = read([0]).shape[1:3], np.asarray(when(), float)
     except Exception as e: raise DataError(f"{path}: {_why(path)}") from None
     if n>1 and not (np.isfinite(times).all() and (np.diff(times)>0).all()): times = np.arange(n)/30   # a container without usable times

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'RECIPE', 'BEST', 'ALPHAS', 'LAMBDAS', 'LONG', 'Profile', 'profile_of', 'Run', 'stated', 'make', 'seen',
-           'check_asked', 'from_dict', 'singles', 'weights', 'trained_as', 'begin', 'data_identity', 'ensure_data',
-           'has_video', 'data_root', 'clips_of', 'Result', 'played_by', 'with_fused', 'everything', 'kept', 'measure',
-           'environment', 'locked', 'get', 'score', 'train', 'adopt', 'cost', 'start', 'fill_cache', 'epochs_done',
-           'begins_with', 'unfinished', 'RunError', 'TimeUp', 'get_all', 'table1', 'systems', 'table2', 'table3',
-           'alone', 'readings', 'choices', 'repairs', 'plan', 'agreement']
+           'belongs', 'check_asked', 'from_dict', 'singles', 'weights', 'trained_as', 'begin', 'data_identity',
+           'ensure_data', 'has_video', 'data_root', 'clips_of', 'Result', 'played_by', 'with_fused', 'everything',
+           'kept', 'measure', 'environment', 'locked', 'get', 'score', 'train', 'adopt', 'cost', 'start', 'fill_cache',
+           'epochs_done', 'begins_with', 'unfinished', 'RunError', 'TimeUp', 'get_all', 'table1', 'systems', 'table2',
+           'table3', 'alone', 'readings', 'choices', 'repairs', 'own_runs', 'plan', 'agreement']
 
 # %% ../nbs/71_runs.ipynb #71-runs-02
 import csv, fcntl, os, platform, re, resource, subprocess, sys, time
@@ -20,7 +20,7 @@ from typing import get_args
 import numpy as np
 import torch
 from .augment import ClipSpec, prepare
-from .data import Clips, declared, has_split, loader, manifest_sha, people, video
+from .data import Clips, declared, has_split, inputs, loader, manifest_sha, people, video
 from .files import DataError, atomic, data_dir, read_json, reports_dir, root, sha256_json, write_json
 from .metrics import evaluate
 from .model import GROUPS, READINGS, STREAMS, Method, best_child, flip, fuse
@@ -137,7 +137,7 @@ def make(
     clip, optim = seen(s, p, stream), replace(p.optim, **(s.thin_optim if p.thin else s.optim))
     clip, optim, net = replace(clip, **more.get("clip", {})), replace(optim, **more.get("optim", {})), net or p.net
     if released and not stream: net = replace(net, interaction=True)
-    tree, skeleton = declared(data_dir()/p.data) if p.own else (MA52, Skeleton())
+    tree, skeleton = belongs(p, clip) if p.own else (MA52, Skeleton())
     clip, net = replace(clip, skeleton=skeleton), replace(net, pose=replace(net.pose, in_channels=skeleton.V))
     if epochs: optim = replace(optim, epochs=epochs)
     last = s.staged and not stream                        # the stage that begins with runs of its own
@@ -153,6 +153,15 @@ def seen(s, p:Profile, stream:str=None)->ClipSpec: # s: a row of `SYSTEMS`
     own = {k: v//2 if p.scale=="smoke" and k.endswith("_frames") else v for k,v in own.items()}
     off = {f"{o}_frames": 0 for o in STREAMS if o not in ((stream,) if stream else s.streams)}
     return replace(p.clip, **own | off | (dict(paired=False) if off and "paired" in own else {}))
+
+def belongs(p:Profile, clip:ClipSpec)->tuple: # `ActionTree`, `Skeleton`
+    "Classes and joints of a data set of one's own. A `DataError` if it lacks what a system looks at."
+    ensure_data(p.name)
+    there = inputs(data_dir()/p.data)
+    lack = [s for s,n in (("rgb", clip.rgb_frames), ("pose", clip.pose_frames)) if n and s not in there]
+    if lack: raise DataError(f"data/{p.data}: found no {dict(rgb='videos', pose='skeletons')[lack[0]]}, which this system looks at; expected one that does without: "
+                             + ("stream='pose', stgcn, 2sagcn or ctrgcn" if there==("pose",) else "stream='rgb', or a system on frames such as tsm or slowfast"))
+    return declared(data_dir()/p.data)
 
 def check_asked(system, reading, stream, start, net, changes):
     "A `ValueError` for what there is not."
@@ -537,6 +546,14 @@ def repairs(profile):
 repairs.seeds = lambda profile: (0,) if profile_of(profile).scale in ("smoke","quick") else (0,1,2,3,4)
 
 # %% ../nbs/71_runs.ipynb #71-runs-42
+def own_runs(
+    profile:str, # `scale@data`
+)->list:         # PoseConv3D, then PCAN, in every seed of the scale
+    "What the page of a data set of one's own compares: both systems on the inputs that there are."
+    there = inputs(data_dir()/profile_of(profile).data)
+    return [make(s, profile, seed, stream=there[0] if len(there)==1 else None) for s in ("poseconv3d", "pcan") for seed in profile_of(profile).seeds]
+
+# %% ../nbs/71_runs.ipynb #71-runs-43
 def plan(
     table:str,      # table1, systems, table2, table3, readings, choices or repaired
     profile:str,    # a row of `PROFILES`
@@ -548,7 +565,7 @@ def plan(
     seeds = tables[table].seeds(profile) if seeds is None and hasattr(tables[table], "seeds") else profile_of(profile).seeds if seeds is None else seeds
     return {label: [run(s) for s in seeds] for label,run in tables[table](profile).items()}
 
-# %% ../nbs/71_runs.ipynb #71-runs-44
+# %% ../nbs/71_runs.ipynb #71-runs-45
 def agreement(
     runs:list,    # finished runs
     other:Path,   # another store of runs, `reports/runs` of somebody else

@@ -314,7 +314,7 @@ def build(profile:str="smoke", only=None)->list: # paths
     for n,nb in nbs.items():
         if only and n not in only: continue
         out.append(folder(profile, "pages", f"{n}.html"))
-        nav = menu(nbs, here=n, up="../index.html", top="" if profile=="smoke" else "../../index.html")
+        nav = "" if "@" in profile else menu(nbs, here=n, up="../index.html", top="" if profile=="smoke" else "../../index.html")
         with atomic(out[-1], "w") as f: f.write(page(nb, nav, out[-1].parent))
     return out
 
@@ -344,6 +344,7 @@ def make_reports(
     from pcan.runs import ensure_data, get_all
     ensure_data(profile)
     if not only: get_all(runs_of(profile, more), jobs=jobs)    # one bar; with `only`, a notebook asks for what it needs
-    done = execute(profile, only or experiments_of(profile, more)); build(profile); path = index(profile)
+    done = execute(profile, only or experiments_of(profile, more)); pages = build(profile)
+    path = pages[-1] if "@" in profile else index(profile)     # one page needs no overview
     print(f"{len(done)} experiments, profile {profile}: {path}")
     return path
