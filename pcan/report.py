@@ -109,7 +109,7 @@ def printed_note(profile:str)->str: # a few words for captions
     return source_note(profile) if kind(profile)=="smoke" else "Computed from the numbers that the paper prints."
 
 BANNERS = dict(
-    smoke="<strong>SMOKE: these numbers mean nothing.</strong> One epoch on a handful of generated clips, to show that the code runs.",
+    smoke="<strong>SMOKE: these numbers mean nothing.</strong> One epoch on a handful of clips, to show that the code runs.",
     synthetic="<strong>Synthetic benchmark.</strong> Everything here was measured on generated clips, not on MA-52. It can speak about the paper's claims, not about its numbers.",
     own="<strong>A data set of your own.</strong> Nothing here is comparable with the paper.",
     real="<strong>MA-52.</strong> Test labels are hidden, so everything here is measured on the validation split.")
