@@ -93,6 +93,7 @@ def _wrong(row): # what was found and expected, if something is wrong with a cli
     if missing:={"keypoint", "img_shape"}-set(row): return _kind(row), f"also {sorted(missing)}"
     try: kp, score = np.asarray(row["keypoint"], np.float32), _scores(row)
     except (TypeError, ValueError) as e: return f"keypoints that are no array of numbers ({e})", wanted
+    if row.get("random_weights"): return "poses made with random weights, which are none", "poses by a trained model: run pcan_pose without --random-weights"
     if kp.ndim!=4 or kp.shape[2:]!=(V,2) or 0 in kp.shape: return f"keypoints of shape {list(kp.shape)}", wanted
     if score.shape!=kp.shape[:3]:
         return f"scores of shape {list(score.shape)} for keypoints of shape {list(kp.shape)}", "one score per joint"
@@ -172,10 +173,23 @@ def _hushed(): # decord's C++ part writes to stderr what it also raises
     try: yield
     finally: os.dup2(kept, 2); os.close(kept); os.close(null)
 
-def _reader_av(path):
+def _reader_av(path): # forwards through the file a picture at a time, and from its start again to go back
     import av
-    with av.open(path) as f: frames = np.stack([x.to_ndarray(format="rgb24") for x in f.decode(video=0)])
-    return len(frames), lambda i: frames[i]
+    def pictures():
+        with av.open(path) as f: yield from f.decode(video=0)
+    upright = lambda x: np.rot90(x.to_ndarray(format="rgb24"), x.rotation//90)   # as decord: turned as the file asks
+    n, at, rest = sum(1 for _ in pictures()), 0, pictures()
+    if not n: raise ValueError("no frames")
+    def read(i):
+        nonlocal at, rest
+        i, got = [int(k) for k in i], {}
+        if min(i)<at: at, rest = 0, pictures()
+        for x in rest:
+            if at in i: got[at] = upright(x)
+            at += 1
+            if at>max(i): break
+        return np.stack([got[k] for k in i])
+    return n, read
 
 # %% ../nbs/11_data.ipynb #11-data-33
 def person(
