@@ -9,7 +9,7 @@ __all__ = ['ENDINGS', 'K', 'LAYOUTS', 'MODEL', 'find_videos', 'Video', 'open_vid
            'device_of', 'mmpose_estimator', 'mmdet_detector', 'pose_env', 'enter']
 
 # %% ../nbs/90_pose.ipynb #90-pose-02
-import difflib, importlib, importlib.util, json, os, pickle, sys, types, zipfile
+import difflib, importlib, importlib.util, json, logging, os, pickle, sys, types, warnings, zipfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,7 +178,7 @@ class Posed:
                 f"mean score {self.score:.2f}{', kept from an earlier run' if self.was_there else ''}")
 
 def _posed(path, points, there, size, was_there):
-    score = from_wholebody(points)[...,2].max(1)[there] # (frames with somebody, V)
+    score = from_wholebody(points)[...,2].clip(0, 1).max(1)[there] # (frames with somebody, V)
     return Posed(path, len(points), size, points.shape[1], int((~there).sum()), float(score.mean()) if there.any() else 0., was_there)
 
 # %% ../nbs/90_pose.ipynb #90-pose-30
@@ -273,14 +273,14 @@ def write_sheet(
     moments:int=8,   # frames
 )->Path:
     "Write a video's sheet."
-    import cv2
+    from PIL import Image
     film, read = open_video(path)
     at = np.unique(np.linspace(0, film.frames-1, moments).round().astype(int))
     p = np.concatenate([row["keypoint"], row["keypoint_score"][...,None]], -1)[:,at]
     p = p if p.shape[2]==len(JOINTS) else from_wholebody(p)
     banner = "RANDOM WEIGHTS" if row.get("random_weights") else ""
-    png = cv2.imencode(".png", check_sheet(read(at), p[...,:2], p[...,2], at, banner=banner)[...,::-1])[1]
-    with atomic(to:=Path(folder)/f"{Path(path).stem}.png") as f: f.write(png.tobytes())
+    sheet = Image.fromarray(check_sheet(read(at), p[...,:2], p[...,2], at, banner=banner))
+    with atomic(to:=Path(folder)/f"{Path(path).stem}.png") as f: sheet.save(f, "PNG")
     return to
 
 # %% ../nbs/90_pose.ipynb #90-pose-43
@@ -391,10 +391,14 @@ def mmpose_estimator(
     "A whole-body model of mmpose. A `DataError` if it gives other than 133 points."
     import torch
     if not importlib.util.find_spec("mmpose"): raise DataError(_NO_MMPOSE)
-    device, _ = device_of(device), _stand_ins()
+    device = device_of(device)
+    warnings.filterwarnings("ignore", module=r"mm(cv|engine|pose)")               # what they say about each other's age
+    _stand_ins()
     from mmengine.dataset import Compose, pseudo_collate
     from mmengine.registry import init_default_scope
+    from mmengine.logging import MMLogger
     from mmpose.apis import init_model
+    MMLogger.get_current_instance().setLevel(logging.ERROR)                        # RTMPose's config names mmdet first, and mmpose's own parts do
     cfg, file, settings = _build(name, weights, random)
     torch.manual_seed(0)
     model = init_model(cfg, None, device)
