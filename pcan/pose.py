@@ -376,7 +376,10 @@ def _build(name, weights, random): # config, its weights' file or None, settings
     if not (weights or url or random): raise DataError(f"--model {name}: the index names no weights for it; expected --weights FILE")
     file = None if random else Path(weights) if weights else download(url)
     cfg = Config.fromfile(str(path))
-    if cfg.model.type!="TopdownPoseEstimator": raise DataError(f"--model {name}: found a {cfg.model.type}; expected a top-down model, whose input is a person's box")
+    if cfg.model.type!="TopdownPoseEstimator":
+        student = Path(cfg.model.get("student_cfg") or "").stem                    # DWPose's configs are recipes for training one of these
+        raise DataError(f"--model {name}: found a {cfg.model.type}; expected a top-down model, whose input is a person's box" +
+                        (f". What this one trains is --model {student}, with --weights FILE" if student else ""))
     settings = dict(model=Path(path).stem, config=sha256_json(json.dumps([cfg.model, cfg.test_dataloader.dataset.pipeline], default=str)))
     if file and file.is_file(): settings["weights"] = sha256_file(file)
     return cfg, file, settings | (dict(random_weights=True) if random else {})
@@ -392,7 +395,7 @@ def mmpose_estimator(
     import torch
     if not importlib.util.find_spec("mmpose"): raise DataError(_NO_MMPOSE)
     device = device_of(device)
-    warnings.filterwarnings("ignore", module=r"mm(cv|engine|pose)")               # what they say about each other's age
+    warnings.filterwarnings("ignore", module="mm(cv|engine|pose)")                   # what they say about each other's age
     _stand_ins()
     from mmengine.dataset import Compose, pseudo_collate
     from mmengine.registry import init_default_scope

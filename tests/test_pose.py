@@ -429,6 +429,19 @@ print(json.dumps(dict(worst=float(worst), spread=float(ours[...,0].std()), names
     assert said["names"]==[["left_shoulder", "right_shoulder"] if n=="neck" else [full(n)] for n in JOINTS]
 
 @pytest.mark.pose
+@pytest.mark.parametrize("name", ["rtmw-m_8xb1024-270e_cocktail14-256x192", "rtmpose-l_8xb64-270e_coco-ubody-wholebody-256x192", "td-hm_res50_8xb64-210e_coco-wholebody-256x192"])
+def test_other_families(short, name):
+    "RTMW, a config that the index does not list, and a network that gives heatmaps."
+    in_pose_env("""
+import sys, numpy as np
+from pcan import pose
+f = pose.mmpose_estimator(sys.argv[2], random=True)
+film, read = pose.open_video(sys.argv[1]); x = read([0])
+p = pose._points(f(x, pose.best(pose.whole_frame(x), 1, film.size)), (1,1))
+assert p[...,:2].std()>1 and f.settings['model']==sys.argv[2] and f.settings['random_weights']
+""", short, name)
+
+@pytest.mark.pose
 def test_weights_from_a_file(short, tmp_path):
     "A checkpoint as mmpose writes it is loaded, and no longer marked as random; one of another model is refused."
     in_pose_env("""
@@ -453,6 +466,7 @@ state.pop('backbone.stem.0.conv.weight'); torch.save(dict(state_dict=state), sys
     (("--model", "rtmpose-xxl"), "expected a name such as rtmpose"),
     (("--model", "rtmpose-m_8xb256-420e_coco-256x192", "--random-weights"), "gives 17 points per person; expected COCO-WholeBody's 133"),
     (("--model", "rtmo-s_8xb32-600e_coco-640x640", "--random-weights"), "expected a top-down model"),
+    (("--model", "dwpose_l-ll_coco-384x288", "--random-weights"), "What this one trains is --model rtmpose-l_8xb32-270e_coco-wholebody-384x288"),
     (("--detector", "rtmdet-m"), "mmdet cannot be used here"),
     (("--random-weights", "--device", "cuda:7"), "--device: found 'cuda:7'"),
 ])
