@@ -25,14 +25,14 @@ $(VENV)/.installed: constraints.txt settings.ini setup.py
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
 	touch $@
 
-# the four packages of OpenMMLab come without what they ask for, of which a part has to be compiled and none of it is used here;
+# the three packages of OpenMMLab come without what they ask for, of which a part has to be compiled and none of it is used here;
 # what they do import stands in settings.ini (pose_requirements), and pcan/pose.py says what takes the place of the rest
 pose-env: $(POSE)/.installed
 $(POSE)/.installed: constraints-pose.txt settings.ini setup.py
 	test -x $(POSE)/bin/python || $(PYTHON) -m venv $(POSE)
 	$(POSE)/bin/python -m pip install -q -c constraints-pose.txt setuptools wheel
 	$(POSE)/bin/python -m pip install -q -c constraints-pose.txt --no-build-isolation -e ".[pose]"
-	$(POSE)/bin/python -m pip install -q -c constraints-pose.txt --no-deps mmpose mmengine mmcv-lite xtcocotools
+	$(POSE)/bin/python -m pip install -q -c constraints-pose.txt --no-deps mmpose mmengine mmcv-lite
 	touch $@
 
 reports: install

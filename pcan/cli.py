@@ -234,6 +234,7 @@ def pose(argv=None):
     enter(argv)
     _poses(a, videos, fixed_box(a.box) if a.box else mmdet_detector(a.detector, a.detector_weights, a.device) if a.detector else whole_frame)
 
+# %% ../nbs/74_cli.ipynb #74-cli-25
 def _poses(a, videos, detector): # in the environment that has mmpose
     from pcan.data import read_list
     from pcan.files import load_pickle
@@ -246,10 +247,10 @@ def _poses(a, videos, detector): # in the environment that has mmpose
     for v in done: print(v)
     if a.sheet:
         for v,row in zip(done, load_pickle(a.out)): write_sheet(v.path, row, a.sheet)
-        print(f"{len(done)} sheets to check by eye: {a.sheet}")
-    print(f"{len(done)} videos: {a.out}" + ("\n"+banner if a.random_weights else ""))
+        print(f"sheets to check by eye: {a.sheet}")
+    print(f"{len(done)} video{'s'*(len(done)!=1)}: {a.out}" + ("\n"+banner if a.random_weights else ""))
 
-# %% ../nbs/74_cli.ipynb #74-cli-24
+# %% ../nbs/74_cli.ipynb #74-cli-26
 #| eval: false
 if __name__=="__main__":
     commands = dict(synth=synth, train=train, report=report, validate=validate, verify=verify, ma52=ma52, test=test, submit=submit, pose=pose)

@@ -218,7 +218,7 @@ def estimate(
     settings, films = settings_of(estimator, detector, people), _open_all(videos)
     parts = {f: part_path(out, f.path, settings) for f in films}
     todo, failed = [f for f in films if not parts[f].is_file()], []
-    with tqdm(total=sum(f.frames for f in todo), desc=f"{len(todo)} videos", unit="frame", disable=not (progress and todo)) as bar:
+    with tqdm(total=sum(f.frames for f in todo), desc=f"{len(todo)} video{'s'*(len(todo)!=1)}", unit="frame", disable=not (progress and todo)) as bar:
         for f in todo:
             try: write_part(parts[f], *estimate_video(f.path, estimator, detector, people, batch, bar.update), settings)
             except DataError as e: failed.append(str(e))
@@ -284,7 +284,8 @@ def write_sheet(
     return to
 
 # %% ../nbs/90_pose.ipynb #90-pose-43
-_WANTED = {"mmcv.ops": ("MultiScaleDeformableAttention",), "mmdet.utils": ("ConfigType", "reduce_mean"), "torchvision.transforms": ("ToPILImage",)}
+_WANTED = {"mmcv.ops": ("MultiScaleDeformableAttention",), "mmdet.utils": ("ConfigType", "reduce_mean"), "torchvision.transforms": ("ToPILImage",),
+           "xtcocotools.coco": ("COCO",), "xtcocotools.cocoeval": ("COCOeval",), "xtcocotools.mask": ()}
 
 def _stand_ins():
     "Put something in the place of what mmpose imports without using it. Returns the names of the modules that were missing."
@@ -431,11 +432,13 @@ def mmdet_detector(
     try: from mmdet.apis import inference_detector, init_detector
     except (ImportError, AssertionError) as e:
         raise DataError(f"--detector: mmdet cannot be used here ({_brief(e)}). Give the person's box with --box x1 y1 x2 y2, cut the videos to one person, or install "
-                        "mmdet and the full mmcv into .venv-pose (mmdet's own documentation says how)") from None
+                        "mmdet and the full mmcv that it asks for into .venv-pose, in mmcv-lite's place (mmdet's own documentation says how)") from None
+    from mmpose.utils import adapt_mmdet_pipeline
     path, url = choose_model(name, *model_index("mmdet"))
     if not (weights or url): raise DataError(f"--detector {name}: the index names no weights for it; expected --detector-weights FILE")
     file, model = Path(weights) if weights else download(url), init_detector(str(path), None, device=str(device_of(device)))
     load_weights(model, file)
+    model.cfg = adapt_mmdet_pipeline(model.cfg)                                    # its steps are mmdet's, also when mmpose has steps of that name
     person = [c.lower() for c in model.dataset_meta["classes"]].index("person")
     def detect(frames):
         found = [r.pred_instances.cpu().numpy() for r in inference_detector(model, [np.ascontiguousarray(x[...,::-1]) for x in frames])]

@@ -328,7 +328,7 @@ def test_stand_ins_fail_loudly_and_step_aside(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", type(sys)("torchvision")); monkeypatch.setitem(sys.modules, "torchvision.transforms", here)
     try:
         missing = pose._stand_ins()
-        assert missing==["mmcv.ops", "mmdet.utils"] and sys.modules["torchvision.transforms"] is here
+        assert missing==[m for m in pose._WANTED if m!="torchvision.transforms"] and sys.modules["torchvision.transforms"] is here
         from mmcv.ops import MultiScaleDeformableAttention
         with pytest.raises(RuntimeError, match="install the full mmcv"): MultiScaleDeformableAttention()
     finally:
@@ -336,6 +336,28 @@ def test_stand_ins_fail_loudly_and_step_aside(monkeypatch):
 
 def test_mmdet_missing():
     with pytest.raises(DataError, match="--detector: mmdet cannot be used here.*--box"): pose.mmdet_detector("rtmdet-m")
+
+def test_boxes_from_mmdet(tmp_path, monkeypatch):
+    "People only, above the least score, from BGR frames; mmdet itself is played by a stand-in with its signatures."
+    from types import ModuleType, SimpleNamespace as N
+    net, seen = torch.nn.Linear(1, 1), []
+    net.dataset_meta, net.cfg = dict(classes=("dog", "person")), "steps"
+    def inference_detector(model, imgs):
+        assert model.cfg=="mmdet.steps"; seen.extend(imgs)
+        p = N(bboxes=np.array([(0,0,9,9), (1,1,8,8), (2,2,7,7), (3,3,6,6)], np.float32), scores=np.array([.99, .4, .8, .2], np.float32), labels=np.array([0, 1, 1, 1]))
+        return [N(pred_instances=N(cpu=lambda: N(numpy=lambda: p))) for _ in imgs]
+    fakes = {"mmdet": {}, "mmdet.apis": dict(init_detector=lambda config, checkpoint, device: net, inference_detector=inference_detector),
+             "mmpose": {}, "mmpose.utils": dict(adapt_mmdet_pipeline=lambda cfg: f"mmdet.{cfg}")}
+    for name,what in fakes.items():
+        m = ModuleType(name); vars(m).update(what); monkeypatch.setitem(sys.modules, name, m)
+    monkeypatch.setattr(pose, "model_index", lambda package: ([], tmp_path))
+    (tmp_path/"d.py").touch(); torch.save(net.state_dict(), tmp_path/"d.pth")
+    with pytest.raises(DataError, match="expected --detector-weights"): pose.mmdet_detector(str(tmp_path/"d.py"))
+    detect = pose.mmdet_detector(str(tmp_path/"d.py"), tmp_path/"d.pth", "cpu")
+    x = film(2); x[0,0,0] = 1, 2, 3
+    boxes = best(detect(x), 3, (48,64))
+    assert np.array_equal(boxes[0,:2], [(2,2,7,7), (1,1,8,8)]) and np.isnan(boxes[:,2]).all()
+    assert seen[0][0,0].tolist()==[3,2,1] and detect.settings["detector"]=="d"
 
 @pytest.mark.parametrize("args,message", [(["v.mp4", "--random-weights", "--weights", "w.pth"], "not both"), (["v.mp4", "--box", "1", "2", "3", "4", "--detector", "d"], "not both"),
                                           (["nowhere"], "no such file or folder")])
@@ -351,7 +373,7 @@ def test_the_command(films, tmp_path, capsys, monkeypatch):
     assert cli.pose([str(tmp_path/"films"), "--out", str(tmp_path/"p.pkl"), "--labels", str(tmp_path/"list.txt"), "--sheet", str(tmp_path/"sheets")])==0
     assert [r["label"] for r in load_pickle(tmp_path/"p.pkl")]==[3, -1, 51]
     said = capsys.readouterr().out
-    assert "v1.mp4: 11 frames, 64 × 48, 1 person at most" in said and "3 sheets to check by eye" in said
+    assert "v1.mp4: 11 frames, 64 × 48, 1 person at most" in said and "sheets to check by eye" in said and "3 videos: " in said
     assert sorted(p.name for p in (tmp_path/"sheets").iterdir())==["v0.png", "v1.png", "v2.png"]
 
 def test_sheet(films, tmp_path):
