@@ -24,7 +24,7 @@ ENDINGS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".w
 def find_videos(
     paths,  # files and folders
 )->list:    # of `Path`
-    "Videos, in the order given, those of a folder by name. A `DataError` for a path that is not there, a folder without videos, a name that comes twice."
+    "Videos, in the order given, those of a folder by name. A `DataError` for a missing path, an empty folder, a name that comes twice."
     out = []
     for p in map(Path, paths):
         if not p.exists(): raise DataError(f"{p}: no such file or folder; expected a video, or a folder of videos")
@@ -117,7 +117,9 @@ def estimate_video(
     for a in range(0, film.frames, batch):
         at = range(a, min(a+batch, film.frames))
         try: frames = read(at)
-        except Exception as e: raise DataError(f"{path}: broken between frames {a} and {at[-1]} of {film.frames} ({_brief(e)}); repair it or leave it out") from None
+        except Exception as e:
+            raise DataError(f"{path}: broken between frames {a} and {at[-1]} of {film.frames} ({_brief(e)}); "
+                            "repair it or leave it out") from None
         try: boxes = best(detector(frames), people, film.size)
         except DataError as e: raise DataError(f"{path}: {e}") from None
         found = there[a:at[-1]+1] = np.isfinite(boxes).all(-1)
@@ -128,7 +130,9 @@ def estimate_video(
 
 def _points(got, NM): # what an estimator gave, checked
     got = np.asarray(got, np.float32)
-    if got.shape!=(*NM, K, 3): raise DataError(f"the estimator gave points of shape {list(got.shape)}; expected {[*NM, K, 3]}: frames, people, points, and x, y, score")
+    if got.shape!=(*NM, K, 3):
+        raise DataError(f"the estimator gave points of shape {list(got.shape)}; expected {[*NM, K, 3]}: "
+                        "frames, people, points, and x, y, score")
     if not np.isfinite(got).all(): raise DataError("the estimator gave NaN or infinite points; are its weights broken?")
     return got
 
@@ -158,7 +162,8 @@ def read_part(path:Path)->tuple: # points, there, size
     try:
         with np.load(path, allow_pickle=False) as z: return z["points"], z["there"], tuple(int(v) for v in z["size"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
-        raise DataError(f"{path}: not readable as the points of a video ({type(e).__name__}); delete it and run the same command again") from None
+        raise DataError(f"{path}: not readable as the points of a video ({type(e).__name__}); "
+                        "delete it and run the same command again") from None
 
 # %% ../nbs/90_pose.ipynb #90-pose-29
 @dataclass
@@ -174,7 +179,8 @@ class Posed:
 
     def __str__(self):
         nobody = f", nobody in {self.nobody:,} of them" if self.nobody else ""
-        return (f"{self.path.name}: {self.frames:,} frames, {self.size[1]} × {self.size[0]}{nobody}, {self.people} person{'s'*(self.people>1)} at most, "
+        return (f"{self.path.name}: {self.frames:,} frames, {self.size[1]} × {self.size[0]}{nobody}, "
+                f"{self.people} person{'s'*(self.people>1)} at most, "
                 f"mean score {self.score:.2f}{', kept from an earlier run' if self.was_there else ''}")
 
 def _posed(path, points, there, size, was_there):
@@ -218,13 +224,17 @@ def estimate(
     settings, films = settings_of(estimator, detector, people), _open_all(videos)
     parts = {f: part_path(out, f.path, settings) for f in films}
     todo, failed = [f for f in films if not parts[f].is_file()], []
-    with tqdm(total=sum(f.frames for f in todo), desc=f"{len(todo)} video{'s'*(len(todo)!=1)}", unit="frame", disable=not (progress and todo)) as bar:
+    desc = f"{len(todo)} video{'s'*(len(todo)!=1)}"
+    with tqdm(total=sum(f.frames for f in todo), desc=desc, unit="frame", disable=not (progress and todo)) as bar:
         for f in todo:
             try: write_part(parts[f], *estimate_video(f.path, estimator, detector, people, batch, bar.update), settings)
             except DataError as e: failed.append(str(e))
-    if failed: raise DataError(f"{len(failed)} of {len(films)} videos failed, so {out} was not written; the others are kept in {parts[f].parent}.\n" + "\n".join(failed))
+    if failed:
+        raise DataError(f"{len(failed)} of {len(films)} videos failed, so {out} was not written; "
+                        f"the others are kept in {parts[f].parent}.\n" + "\n".join(failed))
     done = {f: read_part(p) for f,p in parts.items()}
-    rows = [as_row(f.path.name, points, size, (labels or {}).get(f.path.stem, -1), layout) | marks(settings) for f,(points,_,size) in done.items()]
+    label = lambda f: (labels or {}).get(f.path.stem, -1)
+    rows = [as_row(f.path.name, points, size, label(f), layout) | marks(settings) for f,(points,_,size) in done.items()]
     with atomic(out) as file: pickle.dump(rows, file, protocol=4)
     return [_posed(f.path, *d, f not in todo) for f,d in done.items()]
 
@@ -234,7 +244,9 @@ def _open_all(videos): # `Video`s; all that cannot be read are named at once
     for v in videos:
         try: films.append(open_video(v)[0])
         except DataError as e: bad.append(str(e))
-    if bad: raise DataError(f"{len(bad)} of {len(videos)} videos cannot be read, so nothing was estimated; repair them or leave them out.\n" + "\n".join(bad))
+    if bad:
+        raise DataError(f"{len(bad)} of {len(videos)} videos cannot be read, so nothing was estimated; "
+                        "repair them or leave them out.\n" + "\n".join(bad))
     return films
 
 def marks(settings:dict)->dict: # keys for each row of the pickle
@@ -284,7 +296,8 @@ def write_sheet(
     return to
 
 # %% ../nbs/90_pose.ipynb #90-pose-43
-_WANTED = {"mmcv.ops": ("MultiScaleDeformableAttention",), "mmdet.utils": ("ConfigType", "reduce_mean"), "torchvision.transforms": ("ToPILImage",),
+_WANTED = {"mmcv.ops": ("MultiScaleDeformableAttention",), "mmdet.utils": ("ConfigType", "reduce_mean"),
+           "torchvision.transforms": ("ToPILImage",),
            "xtcocotools.coco": ("COCO",), "xtcocotools.cocoeval": ("COCOeval",), "xtcocotools.mask": ()}
 
 def _stand_ins():
@@ -302,7 +315,9 @@ def _stand_ins():
     return missing
 
 def _absent(name): # a class that cannot be made
-    def __init__(self, *a, **kw): raise RuntimeError(f"{name} is not installed, and this model needs it: install the full {name.split('.')[0]}")
+    def __init__(self, *a, **kw):
+        raise RuntimeError(f"{name} is not installed, and this model needs it: "
+                           f"install the full {name.split('.')[0]}")
     return type(name.rpartition(".")[2], (), dict(__init__=__init__))
 
 # %% ../nbs/90_pose.ipynb #90-pose-46
@@ -315,14 +330,19 @@ def choose_model(
 )->tuple:         # path of the config, address of its weights or None
     "Find a model. A `DataError` lists names like the one asked for."
     if name.endswith(".py"):
-        if not Path(name).is_file(): raise DataError(f"--model {name}: no such config; expected the path of one, or a name such as {MODEL}")
+        if not Path(name).is_file():
+            raise DataError(f"--model {name}: no such config; expected the path of one, "
+                            f"or a name such as {MODEL}")
         return Path(name), None
     for m in index:
-        if m["Name"].lower()==name.lower(): return folder/m["Config"], m["Weights"][0] if isinstance(m["Weights"], list) else m.get("Weights")
+        if m["Name"].lower()==name.lower():
+            url = m.get("Weights")
+            return folder/m["Config"], url[0] if isinstance(url, list) else url
     if found := sorted((folder/"configs").rglob(f"{name}.py")): return found[0], None
     names = [m["Name"] for m in index if "wholebody_2d" in m["Config"]] or [m["Name"] for m in index]
     near = difflib.get_close_matches(name, names, 4, .3) or names[:4]
-    raise DataError(f"--model: found {name!r}, which is none of {len(index)}; expected a name such as {', '.join(near)}, or the path of a config")
+    raise DataError(f"--model: found {name!r}, which is none of {len(index)}; expected a name such as {', '.join(near)}, "
+                    "or the path of a config")
 
 def model_index(package:str)->tuple: # list of dicts, folder
     "The index that a package of OpenMMLab (mmpose, mmdet) brings along."
@@ -337,18 +357,27 @@ def load_weights(
 )->list:         # tensors in the file that the model has no place for
     "Fill a model. A `DataError` for a file that is not there or not readable as weights, or for other weights than the model's."
     import torch
-    if not Path(path).is_file(): raise DataError(f"{path}: no such file; expected the model's weights (.pth). Leave --weights away to have them downloaded")
+    if not Path(path).is_file():
+        raise DataError(f"{path}: no such file; expected the model's weights (.pth). "
+                        "Leave --weights away to have them downloaded")
     plain = [type(np.dtype(t)) for t in ("f4", "f8", "i4", "i8", "u1", "?")]
     core = importlib.import_module("numpy._core" if int(np.__version__.split(".")[0])>1 else "numpy.core").multiarray
-    names = [(f, f"{m}.multiarray.{f.__name__}") for f in (core._reconstruct, core.scalar) for m in ("numpy.core", "numpy._core")]   # of numpy 1, of 2
+    names = [(f, f"{m}.multiarray.{f.__name__}") for f in (core._reconstruct, core.scalar)
+             for m in ("numpy.core", "numpy._core")]                                     # as numpy 1 calls them, and as 2 does
     try:
-        with torch.serialization.safe_globals([np.ndarray, np.dtype, *plain, *names]): kept = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e: raise DataError(f"{path}: not readable as weights ({_brief(e)}); if a download broke off, delete it and try again") from None
+        with torch.serialization.safe_globals([np.ndarray, np.dtype, *plain, *names]):
+            kept = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        raise DataError(f"{path}: not readable as weights ({_brief(e)}); if a download broke off, "
+                        "delete it and try again") from None
     kept = kept.get("state_dict", kept) if isinstance(kept, dict) else {}
     kept = {k.removeprefix("module."): v for k,v in kept.items() if hasattr(v, "shape")}
     want = model.state_dict()
     lost = [k for k in want if (k not in kept or kept[k].shape!=want[k].shape) and not k.endswith("num_batches_tracked")]
-    if lost: raise DataError(f"{path}: weights of another model: {len(lost)} of {len(want)} tensors are missing or have another shape (the first: {lost[0]}); expected those that fit the config")
+    if lost:
+        raise DataError(f"{path}: weights of another model: "
+                        f"{len(lost)} of {len(want)} tensors are missing or have another shape "
+                        f"(the first: {lost[0]}); expected those that fit the config")
     model.load_state_dict({k: v for k,v in kept.items() if k in want}, strict=False)
     return sorted(set(kept)-set(want))
 
@@ -359,7 +388,9 @@ def download(url:str)->Path: # in torch's own cache
     to.parent.mkdir(parents=True, exist_ok=True)
     if not to.is_file():
         try: torch.hub.download_url_to_file(url, str(to))
-        except OSError as e: raise DataError(f"{url}: cannot be downloaded ({_brief(e)}); fetch it elsewhere and pass the file with --weights") from None
+        except OSError as e:
+            raise DataError(f"{url}: cannot be downloaded ({_brief(e)}); "
+                            "fetch it elsewhere and pass the file with --weights") from None
     return to
 
 # %% ../nbs/90_pose.ipynb #90-pose-51
@@ -368,19 +399,21 @@ def device_of(device:str=None): # `torch.device`
     import torch
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try: torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as e: raise DataError(f"--device: found {name!r}, which torch cannot use here ({_brief(e)}); expected cpu or cuda") from None
+    except (RuntimeError, AssertionError) as e:
+        raise DataError(f"--device: found {name!r}, "
+                        f"which torch cannot use here ({_brief(e)}); expected cpu or cuda") from None
     return torch.device(name)
 
 def _build(name, weights, random): # config, its weights' file or None, settings
     from mmengine.config import Config
     path, url = choose_model(name, *model_index("mmpose"))
     if not (weights or url or random): raise DataError(f"--model {name}: the index names no weights for it; expected --weights FILE")
-    file = None if random else Path(weights) if weights else download(url)
     cfg = Config.fromfile(str(path))
     if cfg.model.type!="TopdownPoseEstimator":
         student = Path(cfg.model.get("student_cfg") or "").stem                    # DWPose's configs are recipes for training one of these
         raise DataError(f"--model {name}: found a {cfg.model.type}; expected a top-down model, whose input is a person's box" +
                         (f". What this one trains is --model {student}, with --weights FILE" if student else ""))
+    file = None if random else Path(weights) if weights else download(url)
     settings = dict(model=Path(path).stem, config=sha256_json(json.dumps([cfg.model, cfg.test_dataloader.dataset.pipeline], default=str)))
     if file and file.is_file(): settings["weights"] = sha256_file(file)
     return cfg, file, settings | (dict(random_weights=True) if random else {})
@@ -402,12 +435,15 @@ def mmpose_estimator(
     from mmengine.registry import init_default_scope
     from mmengine.logging import MMLogger
     from mmpose.apis import init_model
-    MMLogger.get_current_instance().setLevel(logging.ERROR)                        # RTMPose's config names mmdet first, and mmpose's own parts do
+    MMLogger.get_current_instance().setLevel(logging.ERROR)  # RTMPose's config asks mmdet first; mmpose has the same part
     cfg, file, settings = _build(name, weights, random)
     torch.manual_seed(0)
     model = init_model(cfg, None, device)
-    if (n:=model.dataset_meta["num_keypoints"])!=K: raise DataError(f"--model {name}: gives {n} points per person; expected COCO-WholeBody's {K}, as {MODEL} gives")
-    if file and (more:=load_weights(model, file)): print(f"{file}: {len(more)} tensors are not used (the first: {more[0]})", file=sys.stderr)
+    if (n:=model.dataset_meta["num_keypoints"])!=K:
+        raise DataError(f"--model {name}: gives {n} points per person; "
+                        f"expected COCO-WholeBody's {K}, as {MODEL} gives")
+    if file and (more:=load_weights(model, file)):
+        print(f"{file}: {len(more)} tensors are not used (the first: {more[0]})", file=sys.stderr)
     init_default_scope("mmpose")
     prepare = Compose(cfg.test_dataloader.dataset.pipeline)
 
@@ -416,7 +452,9 @@ def mmpose_estimator(
         bgr = [np.ascontiguousarray(x[...,::-1]) for x in frames]
         items = [prepare(dict(img=bgr[i], bbox=boxes[i,m][None], bbox_score=np.ones(1, np.float32), **model.dataset_meta)) for i,m in at]
         with torch.no_grad(): found = model.test_step(pseudo_collate(items))
-        for (i,m),f in zip(at, found): out[i,m] = np.concatenate([f.pred_instances.keypoints[0], f.pred_instances.keypoint_scores[0][:,None]], -1)
+        for (i,m),f in zip(at, found):
+            p = f.pred_instances
+            out[i,m] = np.concatenate([p.keypoints[0], p.keypoint_scores[0][:,None]], -1)
         return out
     estimate.settings = settings
     return estimate
@@ -431,14 +469,15 @@ def mmdet_detector(
     "Boxes of people from a detector of mmdet. A `DataError` if mmdet is not installed."
     try: from mmdet.apis import inference_detector, init_detector
     except (ImportError, AssertionError) as e:
-        raise DataError(f"--detector: mmdet cannot be used here ({_brief(e)}). Give the person's box with --box x1 y1 x2 y2, cut the videos to one person, or install "
-                        "mmdet and the full mmcv that it asks for into .venv-pose, in mmcv-lite's place (mmdet's own documentation says how)") from None
+        raise DataError(f"--detector: mmdet cannot be used here ({_brief(e)}). Give the person's box with --box x1 y1 x2 y2, "
+                        "cut the videos to one person, or install mmdet and the full mmcv that it asks for into .venv-pose, "
+                        "in mmcv-lite's place (mmdet's own documentation says how)") from None
     from mmpose.utils import adapt_mmdet_pipeline
     path, url = choose_model(name, *model_index("mmdet"))
     if not (weights or url): raise DataError(f"--detector {name}: the index names no weights for it; expected --detector-weights FILE")
     file, model = Path(weights) if weights else download(url), init_detector(str(path), None, device=str(device_of(device)))
     load_weights(model, file)
-    model.cfg = adapt_mmdet_pipeline(model.cfg)                                    # its steps are mmdet's, also when mmpose has steps of that name
+    model.cfg = adapt_mmdet_pipeline(model.cfg)              # its steps are mmdet's, also where mmpose has some of that name
     person = [c.lower() for c in model.dataset_meta["classes"]].index("person")
     def detect(frames):
         found = [r.pred_instances.cpu().numpy() for r in inference_detector(model, [np.ascontiguousarray(x[...,::-1]) for x in frames])]
@@ -448,7 +487,8 @@ def mmdet_detector(
     return detect
 
 # %% ../nbs/90_pose.ipynb #90-pose-57
-_NO_MMPOSE = "mmpose is not installed here. `make pose-env` in the project's folder gives it an environment of its own, where pcan_pose goes by itself"
+_NO_MMPOSE = ("mmpose is not installed here. `make pose-env` in the project's folder gives it an environment of its own, "
+               "where pcan_pose goes by itself")
 
 def pose_env()->Path: # `root()/.venv-pose`
     "The environment that `make pose-env` makes."
@@ -462,4 +502,5 @@ def enter(argv:list): # what follows `pcan_pose`
     if python.is_file() and not inside:
         sys.stdout.flush(); sys.stderr.flush()
         os.execv(python, [str(python), "-m", "pcan.cli", "pose", *map(str, argv)])
-    raise DataError(_NO_MMPOSE + (f"; {pose_env()} is there, but without mmpose: delete it first" if inside else f" ({pose_env()} is not there)"))
+    what = "is there, but without mmpose: delete it first" if inside else "is not there"
+    raise DataError(f"{_NO_MMPOSE} ({pose_env()} {what})")
