@@ -381,6 +381,7 @@ def load_weights(
     model.load_state_dict({k: v for k,v in kept.items() if k in want}, strict=False)
     return sorted(set(kept)-set(want))
 
+# %% ../nbs/90_pose.ipynb #90-pose-50
 def download(url:str)->Path: # in torch's own cache
     "Fetch weights once. A `DataError` says where they can be put by hand."
     import torch
@@ -393,7 +394,7 @@ def download(url:str)->Path: # in torch's own cache
                             "fetch it elsewhere and pass the file with --weights") from None
     return to
 
-# %% ../nbs/90_pose.ipynb #90-pose-51
+# %% ../nbs/90_pose.ipynb #90-pose-52
 def device_of(device:str=None): # `torch.device`
     "The device asked for, else the GPU if there is one. A `DataError` if it is not there."
     import torch
@@ -418,7 +419,7 @@ def _build(name, weights, random): # config, its weights' file or None, settings
     if file and file.is_file(): settings["weights"] = sha256_file(file)
     return cfg, file, settings | (dict(random_weights=True) if random else {})
 
-# %% ../nbs/90_pose.ipynb #90-pose-52
+# %% ../nbs/90_pose.ipynb #90-pose-53
 def mmpose_estimator(
     name:str=MODEL,       # of mmpose's index, or the path of a config
     weights:Path=None,    # a checkpoint; by default the one the index names, downloaded
@@ -459,7 +460,7 @@ def mmpose_estimator(
     estimate.settings = settings
     return estimate
 
-# %% ../nbs/90_pose.ipynb #90-pose-54
+# %% ../nbs/90_pose.ipynb #90-pose-55
 def mmdet_detector(
     name:str,             # of mmdet's index, or the path of a config
     weights:Path=None,    # by default those the index names, downloaded
@@ -486,7 +487,7 @@ def mmdet_detector(
     detect.settings = dict(detector=path.stem, weights=sha256_file(file), least=least)
     return detect
 
-# %% ../nbs/90_pose.ipynb #90-pose-57
+# %% ../nbs/90_pose.ipynb #90-pose-58
 _NO_MMPOSE = ("mmpose is not installed here. `make pose-env` in the project's folder gives it an environment of its own, "
                "where pcan_pose goes by itself")
 
