@@ -97,6 +97,7 @@ def _wrong(row, V): # what was found and expected, if something is wrong with a 
     if missing:={"keypoint", "img_shape"}-set(row): return _kind(row), f"also {sorted(missing)}"
     try: kp, score = np.asarray(row["keypoint"], np.float32), _scores(row)
     except (TypeError, ValueError) as e: return f"keypoints that are no array of numbers ({e})", wanted
+    if row.get("random_weights"): return "poses made with random weights, which are none", "poses by a trained model: run pcan_pose without --random-weights"
     if kp.ndim!=4 or kp.shape[2:]!=(V,2) or 0 in kp.shape: return f"keypoints of shape {list(kp.shape)}", wanted
     if score.shape!=kp.shape[:3]:
         return f"scores of shape {list(score.shape)} for keypoints of shape {list(kp.shape)}", "one score per joint"
