@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'Clip', 'read_list', 'read_keypoints', 'declared', 'has_split', 'read_split', 'people', 'video', 'person',
-           'person_keypoint', 'person_frames', 'manifest_sha', 'cache_path', 'build_cache', 'Clips', 'loader', 'Report',
-           'validate']
+           'person_keypoint', 'person_frames', 'manifest_sha', 'cache_path', 'build_cache', 'item', 'Clips', 'loader',
+           'Report', 'validate']
 
 # %% ../nbs/11_data.ipynb #11-data-02
 import csv, fcntl, os, shutil, numpy as np, torch
@@ -179,7 +179,7 @@ def video(
     path, T = clip.path, len(clip.keypoint)
     if not Path(path).is_file():
         raise DataError(f"{path}: no such video, though it is listed; `pcan_validate` lists all that are missing")
-    try: n, read = _reader(str(path))
+    try: n, read, _ = _reader(str(path))
     except Exception as e: raise DataError(f"{path}: not readable as a video ({_brief(e)}); {_AGAIN}") from None
     if n<T-2: raise DataError(_said(path, f"{n} frames", f"{T}, as many as there are keypoints; {_AGAIN}"))
     try: return read(np.minimum(np.arange(T) if frames is None else frames, n-1))
@@ -189,14 +189,14 @@ _AGAIN = "download or generate it again"
 def _brief(e): return f"{type(e).__name__}: {(str(e).strip().splitlines() or ['no message'])[-1][:100]}"
 
 # %% ../nbs/11_data.ipynb #11-data-32
-def _reader(path): # number of frames, function from frame numbers to (T,H,W,3)
+def _reader(path): # number of frames, function from frame numbers to (T,H,W,3), function that gives the time of every frame
     try: import decord
     except ImportError: return _reader_av(path)
     with _hushed(): v = decord.VideoReader(path, num_threads=1)      # here: a reader from a parent process breaks
     if not len(v): raise ValueError("no frames")
     def read(i):
         with _hushed(): return v.get_batch(list(i)).asnumpy()
-    return len(v), read
+    return len(v), read, lambda: v.get_frame_timestamp(range(len(v)))[:,0]
 
 @contextmanager
 def _hushed(): # decord's C++ part writes to stderr what it also raises
@@ -207,8 +207,18 @@ def _hushed(): # decord's C++ part writes to stderr what it also raises
 
 def _reader_av(path):
     import av
-    with av.open(path) as f: frames = np.stack([x.to_ndarray(format="rgb24") for x in f.decode(video=0)])
-    return len(frames), lambda i: frames[i]
+    f = av.open(path)
+    s = f.streams.video[0]
+    times = sorted(p.pts for p in f.demux(s) if p.pts is not None)   # one packet, one frame
+    if not times: raise ValueError("no frames")
+    def read(i):
+        want, got = [times[k] for k in i], {}
+        f.seek(min(want), stream=s)                                  # to the key frame before
+        for x in f.decode(s):
+            if x.pts in want: got[x.pts] = np.rot90(x.to_ndarray(format="rgb24"), x.rotation//90)
+            if x.pts>=max(want): break
+        return np.stack([got[t] for t in want])
+    return len(times), read, lambda: np.array([float(t*s.time_base) for t in times])
 
 # %% ../nbs/11_data.ipynb #11-data-37
 def person(
@@ -230,9 +240,10 @@ def person_frames(
     spec:ClipSpec=ClipSpec(),
     frames=None,  # frame numbers; None: all
     source=video, # `source(clip, frames)` gives `(T,H,W,3)` uint8
+    box=None,     # x1,y1,x2,y2 in frame pixels; None: the person's
 )->np.ndarray:    # `(T,side,side,3)` uint8
     "A clip's frames, cut to the person and scaled to `spec.side`."
-    x, box, (h,w) = source(clip, frames), person(clip, spec), clip.img_shape
+    x, box, (h,w) = source(clip, frames), person(clip, spec) if box is None else np.asarray(box), clip.img_shape
     if x.shape[1:3]!=(h,w):                                          # a video of another size than its keypoints
         box = np.round(box*np.array([x.shape[2]/w, x.shape[1]/h]*2)).astype(int)
     return resize(crop(x, box), (spec.side, spec.side), spec.antialias)
@@ -337,6 +348,26 @@ def _run_all(f, jobs, workers=None, name=None): # results of f over jobs, in ord
 # %% ../nbs/11_data.ipynb #11-data-49
 def _rng(*key): return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(key)))
 
+def item(
+    keypoint:np.ndarray, # `(T,V,3)` joints in pixels of the crop
+    frames,              # `frames(numbers)` gives crops `(n,S,S,3)` uint8
+    spec:ClipSpec,
+    rng=None,            # a `np.random.RandomState` draws frames, box and mirror, as in training; None: as at test
+)->dict:                 # rgb, keypoint, crop, flip
+    "What a network is to see of one clip, and what is to be done with it."
+    S, T, n, test = spec.side, len(keypoint), spec.clips_test if rng is None else 1, rng is None
+    def pick(length, interval=0): # (n,length) frame numbers
+        if not length: return np.zeros((n,0), int)
+        return sample_dense(T, length, interval, n, test, rng) if interval else sample_uniform(T, length, n, test, rng)
+    at_rgb = pick(spec.rgb_frames, spec.interval)
+    at_pose = at_rgb if spec.paired and spec.pose_frames else pick(spec.pose_frames)
+    box = np.array([0,0,S,S]) if test else random_box((S,S), spec.area, spec.ratio, rng)
+    rgb = frames(at_rgb.ravel()) if spec.rgb_frames else np.zeros((0,S,S,3), np.uint8)
+    rgb, kp = rgb.reshape(*at_rgb.shape, S, S, 3), keypoint[at_pose]
+    if n==1: rgb, kp = rgb[0], kp[0]
+    return dict(rgb=torch.from_numpy(rgb), keypoint=torch.from_numpy(kp), crop=torch.from_numpy(box.astype(np.float32)),
+                flip=bool(not test and rng.rand()<spec.flip))
+
 class Clips(Dataset):
     "Clips of one split as items: bytes, coordinates, and what is to be done with them."
     def __init__(self,
@@ -372,21 +403,9 @@ class Clips(Dataset):
 
 # %% ../nbs/11_data.ipynb #11-data-50
 def _getitem(self, i:int)->dict:
-    s, S, i = self.spec, self.spec.side, int(i)
-    rng = _rng(self.seed, self.epoch, i)
-    n, T = 1 if self.train else s.clips_test, len(self.keypoint[i])
-    def pick(length, interval=0): # (n,length) frame numbers
-        if not length: return np.zeros((n,0), int)
-        draw = rng if self.train else None
-        return sample_dense(T, length, interval, n, not self.train, draw) if interval else sample_uniform(T, length, n, not self.train, draw)
-    at_rgb = pick(s.rgb_frames, s.interval)
-    at_pose = at_rgb if s.paired and s.pose_frames else pick(s.pose_frames)
-    box = random_box((S,S), s.area, s.ratio, rng) if self.train else np.array([0,0,S,S])
-    rgb = self.frames(i, at_rgb.ravel()) if s.rgb_frames else np.zeros((0,S,S,3), np.uint8)
-    rgb, kp = rgb.reshape(*at_rgb.shape, S, S, 3), self.keypoint[i][at_pose]
-    if n==1: rgb, kp = rgb[0], kp[0]
-    return dict(rgb=torch.from_numpy(rgb), keypoint=torch.from_numpy(kp), label=int(self.labels[i]), index=i,
-                crop=torch.from_numpy(box.astype(np.float32)), flip=bool(self.train and rng.rand()<s.flip))
+    i = int(i)
+    rng = _rng(self.seed, self.epoch, i) if self.train else None
+    return item(self.keypoint[i], lambda at: self.frames(i, at), self.spec, rng) | dict(label=int(self.labels[i]), index=i)
 Clips.__getitem__ = _getitem
 
 # %% ../nbs/11_data.ipynb #11-data-56
