@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'Clip', 'read_list', 'read_keypoints', 'declared', 'has_split', 'read_split', 'people', 'video', 'person',
-           'person_keypoint', 'person_frames', 'manifest_sha', 'cache_path', 'build_cache', 'item', 'Clips', 'loader',
-           'Report', 'validate']
+           'person_keypoint', 'person_frames', 'manifest_sha', 'cache_path', 'build_cache', 'sampled', 'item', 'Clips',
+           'loader', 'Report', 'validate']
 
 # %% ../nbs/11_data.ipynb #11-data-02
 import csv, fcntl, os, shutil, numpy as np, torch
@@ -231,9 +231,11 @@ def person(
 def person_keypoint(
     clip:Clip,
     spec:ClipSpec=ClipSpec(),
+    box=None,  # x1,y1,x2,y2 in frame pixels; None: the person's
 )->np.ndarray: # `(T,V,3)` float32 x,y,score in pixels of the crop
     "A clip's joints as seen in its crop."
-    return np.concatenate([to_box(clip.keypoint, person(clip, spec), (spec.side, spec.side)), clip.score[...,None]], -1)
+    box = person(clip, spec) if box is None else box
+    return np.concatenate([to_box(clip.keypoint, box, (spec.side, spec.side)), clip.score[...,None]], -1)
 
 def person_frames(
     clip:Clip,
@@ -348,6 +350,19 @@ def _run_all(f, jobs, workers=None, name=None): # results of f over jobs, in ord
 # %% ../nbs/11_data.ipynb #11-data-49
 def _rng(*key): return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(key)))
 
+def sampled(
+    spec:ClipSpec,
+    T:int,    # frames the clip has
+    rng=None, # a `np.random.RandomState` in training; None: as at test
+)->tuple:     # `(n,rgb_frames)` and `(n,pose_frames)` frame numbers, n samplings
+    "Which frames each stream looks at."
+    n, test = spec.clips_test if rng is None else 1, rng is None
+    def pick(length, interval=0):
+        if not length: return np.zeros((n,0), int)
+        return sample_dense(T, length, interval, n, test, rng) if interval else sample_uniform(T, length, n, test, rng)
+    at_rgb = pick(spec.rgb_frames, spec.interval)
+    return at_rgb, at_rgb if spec.paired and spec.pose_frames else pick(spec.pose_frames)
+
 def item(
     keypoint:np.ndarray, # `(T,V,3)` joints in pixels of the crop
     frames,              # `frames(numbers)` gives crops `(n,S,S,3)` uint8
@@ -355,18 +370,14 @@ def item(
     rng=None,            # a `np.random.RandomState` draws frames, box and mirror, as in training; None: as at test
 )->dict:                 # rgb, keypoint, crop, flip
     "What a network is to see of one clip, and what is to be done with it."
-    S, T, n, test = spec.side, len(keypoint), spec.clips_test if rng is None else 1, rng is None
-    def pick(length, interval=0): # (n,length) frame numbers
-        if not length: return np.zeros((n,0), int)
-        return sample_dense(T, length, interval, n, test, rng) if interval else sample_uniform(T, length, n, test, rng)
-    at_rgb = pick(spec.rgb_frames, spec.interval)
-    at_pose = at_rgb if spec.paired and spec.pose_frames else pick(spec.pose_frames)
-    box = np.array([0,0,S,S]) if test else random_box((S,S), spec.area, spec.ratio, rng)
+    S = spec.side
+    at_rgb, at_pose = sampled(spec, len(keypoint), rng)
+    box = np.array([0,0,S,S]) if rng is None else random_box((S,S), spec.area, spec.ratio, rng)
     rgb = frames(at_rgb.ravel()) if spec.rgb_frames else np.zeros((0,S,S,3), np.uint8)
     rgb, kp = rgb.reshape(*at_rgb.shape, S, S, 3), keypoint[at_pose]
-    if n==1: rgb, kp = rgb[0], kp[0]
+    if len(at_rgb)==1: rgb, kp = rgb[0], kp[0]
     return dict(rgb=torch.from_numpy(rgb), keypoint=torch.from_numpy(kp), crop=torch.from_numpy(box.astype(np.float32)),
-                flip=bool(not test and rng.rand()<spec.flip))
+                flip=bool(rng is not None and rng.rand()<spec.flip))
 
 class Clips(Dataset):
     "Clips of one split as items: bytes, coordinates, and what is to be done with them."
