@@ -48,7 +48,7 @@ def _why(path): # what a file that is no video is
         with av.open(str(path)) as f: kinds = {s.type for s in f.streams}
     except Exception: return "not a video: no decoder knows this format. Convert it, for example to mp4 with H.264"
     if "video" not in kinds: return f"found {', '.join(sorted(kinds)) or 'no stream'} only; expected a video"
-    return "it holds no frame that can be decoded; record, download or convert it again"
+    return "no frame of it can be decoded; record, download or convert it again"
 
 def open_film(path:str|Path)->Film:
     "Open a video. A `DataError` says what is wrong with it."
@@ -57,7 +57,7 @@ def open_film(path:str|Path)->Film:
     try:
         n, read, when = _reader(str(path))
         size, times = read([0]).shape[1:3], np.asarray(when(), float)
-    except Exception as e: raise DataError(f"{path}: {_why(path)} ({_brief(e)})") from None
+    except Exception as e: raise DataError(f"{path}: {_why(path)}") from None
     if n>1 and not (np.isfinite(times).all() and (np.diff(times)>0).all()): times = np.arange(n)/30   # a container without usable times
     def frames(i):
         try: return read(i)
@@ -131,8 +131,8 @@ def sample(
     k = int(wanted) if wanted.isdigit() else MA52.actions.index(wanted) if wanted in MA52.actions else -1
     if not 0<=k<MA52.K_A: raise ValueError(f"--sample: found {wanted!r}; expected a number below {MA52.K_A} or one of: {', '.join(MA52.actions)}")
     c = clip(spec, "test", labels(spec, "test").index(k))
-    people = People(c.keypoint, c.score, spec.size, c.name, where="the generator")
-    return Film(c.name, np.arange(len(c.frames))/30, spec.size, lambda i: c.frames[np.asarray(i)], people,
+    people = People(c.keypoint, c.score, spec.size, MA52.actions[k].replace(" ", "-"), where="the generator")
+    return Film(MA52.actions[k].replace(" ", "-"), np.arange(len(c.frames))/30, spec.size, lambda i: c.frames[np.asarray(i)], people,
                 notes=(f"synthetic: a drawn clip of {MA52.actions[k]!r}",))
 
 # %% ../nbs/96_predict.ipynb #96-predict-15
@@ -157,10 +157,8 @@ def _square(box): # the same middle, sides as long as the longer one
     (x1,y1,x2,y2), half = box, max(box[2]-box[0], box[3]-box[1])/2
     return np.round([(x1+x2)/2-half, (y1+y2)/2-half, (x1+x2)/2+half, (y1+y2)/2+half]).astype(int)
 
-def _clip(film, people, a, b): # frames a to b-1
-    if people is None:
-        V = 1
-        return Clip(film.name, film.path, -1, np.zeros((b-a,V,2), np.float32), np.zeros((b-a,V), np.float32), film.size)
+def _clip(film, people, a, b, V): # frames a to b-1; without joints none is found
+    if people is None: return Clip(film.name, film.path, -1, np.zeros((b-a,V,2), np.float32), np.zeros((b-a,V), np.float32), film.size)
     return Clip(film.name, film.path, -1, people.keypoint[a:b], people.score[a:b], people.img_shape)
 
 def _crops(film, clip, spec, box, a, numbers): # (len,side,side,3)
@@ -179,9 +177,8 @@ def inputs(
     absent:tuple=(),     # inputs that are not there: "rgb", "pose"
 )->tuple:                # rgb and pose as the network wants them
     "One window as tensors. What is absent is blank: frames of the mean colour, heatmaps without a joint."
-    spec, clip = opened.run.clip, _clip(film, people, a, b)
+    spec, clip = opened.run.clip, _clip(film, people, a, b, len(opened.skeleton.joints))
     if box is None and people is None: box = _square((0, 0, film.size[1], film.size[0]))
-    if people is None: clip = replace(clip, keypoint=np.zeros((b-a, len(opened.skeleton.joints), 2), np.float32), score=np.zeros((b-a, len(opened.skeleton.joints)), np.float32))
     black = lambda at: np.zeros((len(at), spec.side, spec.side, 3), np.uint8)
     one = item(person_keypoint(clip, spec, box), black if "rgb" in absent else lambda at: _crops(film, clip, spec, box, a, at), spec)
     batch = {k: torch.as_tensor(v)[None] for k,v in one.items()}
@@ -461,7 +458,7 @@ def _rows(p, w, S=160, k=8): # (title, times, tiles `(n,S,S,3)`) of a contact sh
     spec, big = o.run.clip, replace(o.run.clip, side=S, antialias=True)
     x, pose = inputs(o, p.film, p.people, a, b, p.box, p.absent)
     action = int(p.of(w)[0].argmax())
-    clip = _clip(p.film, p.people, a, b)
+    clip = _clip(p.film, p.people, a, b, len(o.skeleton.joints))
     box = p.box or (_square((0, 0, p.film.size[1], p.film.size[0])) if p.people is None else None)
     kp = person_keypoint(clip, big, box) if p.people is not None else None
     at = {s: n[0] for s,n in zip(("rgb", "pose"), sampled(spec, b-a)) if s in o.sees and s not in p.absent}
@@ -522,6 +519,9 @@ def _title(fig, name, body, color, tall, size=15): # a chip in the body part's c
     fig.add_artist(Rectangle((.15/11, 1-.36/tall), .16/11, .2/tall, color=color))
     t = fig.text(.4/11, 1-.16/tall, name, fontsize=size, weight="bold", color=INK, va="top")
     if body: fig.canvas.draw(); fig.text(t.get_window_extent().x1/fig.bbox.width+.1/11, 1-.2/tall, body, fontsize=size-4, color=PALE, va="top")
+
+def _loud(p): # what no picture may leave out
+    return [s[:1].upper()+s[1:] for s in (p.opened.card.label, *(n for n in p.notes if n.startswith(("THE NETWORK", "synthetic")))) if s]
 
 def _short(s, n=44): return s if len(s)<=n else s[:n//2-1]+"…"+s[-(n//2):]
 def _ink(b): return BODY_COLORS[b%len(BODY_COLORS)]
@@ -630,9 +630,6 @@ def _axes(up, low, p, K, end):
 def _whole_minutes(end):
     from matplotlib.ticker import MultipleLocator
     return MultipleLocator(next(s for s in (30, 60, 120, 300, 600, 1800, 3600, 1e9) if end/s<=12))
-
-def _loud(p): # what no picture may leave out
-    return [s[:1].upper()+s[1:] for s in (p.opened.card.label, *(n for n in p.notes if n.startswith(("THE NETWORK", "synthetic")))) if s]
 
 def _timeline_head(fig, p, tall):
     what = f": {p.film.seconds:.1f} s through a window of {p.length:g} s, every {p.stride:g} s" if p.sliding else ""
