@@ -142,14 +142,15 @@ def windows(
     stride:float|None=None,  # from one window to the next; None: half a window
 )->list:                     # (first, last+1) frame numbers
     "Where to look."
-    n, step = len(times), (times[-1]-times[0])/(len(times)-1) if len(times)>1 else 1/30
-    if length is None: return [(0, n)]
+    if length is None: return [(0, len(times))]
+    gaps = np.diff(times) if len(times)>1 else np.array([1/30])
+    half = gaps.min()/2                                              # of a frame: times are rounded
     stride = length/2 if stride is None else stride
     if not (length>0 and stride>0): raise ValueError(f"found a window of {length:g} s every {stride:g} s; expected more than 0")
-    total = times[-1]-times[0]+step
-    starts = np.arange(0, max(total-length, 0)+step/2, stride)
-    if total-length-starts[-1]>step/2: starts = np.append(starts, total-length)
-    at = lambda t: np.searchsorted(times-times[0], t-step/2)
+    total = times[-1]-times[0]+gaps.mean()
+    starts = np.arange(0, max(total-length, 0)+half, stride)
+    if total-length-starts[-1]>half: starts = np.append(starts, total-length)
+    at = lambda t: np.searchsorted(times-times[0], t-half)
     return [(int(a), int(b)) for a,b in zip(at(starts), at(starts+length)) if b>a]
 
 # %% ../nbs/96_predict.ipynb #96-predict-18
@@ -243,26 +244,29 @@ class Prediction:
     def best(self)->Window: # the one with the highest probability
         return max(self.there, key=lambda w: w.streams[self.stream][0].max())
 
-# %% ../nbs/96_predict.ipynb #96-predict-25
-_WAYS = ("Three ways on: `pcan_pose {film}` finds joints (then give `--poses FILE.pkl`, or put the pickle beside the video under its name); "
-         "`--poses FILE.pkl` with joints you have; `--stream rgb` to look at frames alone")
-
-def _sides(opened, film, people, stream): # inputs that are absent, notes; a DataError if the network cannot do without
-    known = [*opened.sees, "fused"]
-    if stream not in known: raise ValueError(f"--stream: found {stream!r}; this network sees {' and '.join(opened.sees)}, so expected one of {', '.join(known)}")
-    absent = tuple(s for s,there in (("rgb", film.read), ("pose", people)) if s in opened.sees and there is None)
-    wanted = opened.sees if stream=="fused" else (stream,)
-    if "pose" in absent and "pose" in wanted:
-        ways = _WAYS.format(film=film.name) if "rgb" in opened.sees else _WAYS.format(film=film.name).rsplit("; ", 1)[0].replace("Three", "Two")
-        raise DataError(f"{film.name}: no joints, and this network wants them. {ways}")
-    if "rgb" in absent and "rgb" in wanted:
-        more = "; or look at joints alone with `--stream pose`" if "pose" in opened.sees else ""
-        raise DataError(f"{film.name}: no frames, and this network wants them. Give the video itself{more}")
-    if not absent: return (), []
-    what = {"rgb": "frames", "pose": "joints"}[absent[0]]
-    return absent, [f"THE NETWORK WAS TRAINED WITH BOTH frames and joints and gets no {what} here: expect about half its accuracy, or less"]
-
 # %% ../nbs/96_predict.ipynb #96-predict-26
+_WAYS = ("`pcan_pose {film}` finds joints (then give `--poses FILE.pkl`, or put the pickle beside the video under its name)",
+         "`--poses FILE.pkl` with joints you have", "`--stream rgb` to look at frames alone")
+
+def _voices(opened)->tuple: # streams that answer on their own
+    heads = getattr(opened.model, "heads", None)
+    return tuple(heads) if heads is not None else tuple(s for s in opened.sees if s==opened.model.name)
+
+def _missing(opened, film, people, stream): # inputs that are absent, notes; a DataError if the network cannot do without
+    voices, net = _voices(opened), opened.run.net
+    if stream not in (*voices, "fused"): raise ValueError(f"--stream: found {stream!r}; this network sees {' and '.join(opened.sees)}, so expected {' or '.join((*voices, 'fused'))}")
+    absent = tuple(s for s,there in (("rgb", film.read), ("pose", people)) if s in opened.sees and there is None)
+    apart = len(voices)>1 and not (net.lateral or net.interaction)
+    if not absent or apart and stream not in (*absent, "fused"): return absent, []
+    if absent==("pose",) and stream=="rgb":
+        return absent, ["THE NETWORK WAS TRAINED WITH BOTH frames and joints and gets no joints here: expect much less of it"]
+    if "pose" in absent:
+        ways = _WAYS if "rgb" in voices else _WAYS[:2]
+        raise DataError(f"{film.name}: no joints, and this network wants them. {'Three' if len(ways)>2 else 'Two'} ways on: {'; '.join(ways)}".format(film=film.name))
+    raise DataError(f"{film.name}: no frames, and this network wants them" + (", also for its Pose stream, which says little more than the most frequent action without" if stream=="pose" else "")
+                    + ". Give the video itself, or a network that was trained on joints alone (`pcan_train --stream pose`)")
+
+# %% ../nbs/96_predict.ipynb #96-predict-27
 def _found(video, opened, keypoints, stream): # Film, People or None, notes
     film = video if isinstance(video, Film) else None
     alone = lambda p, name="": joints_alone(p, opened.skeleton, name)
@@ -275,7 +279,7 @@ def _found(video, opened, keypoints, stream): # Film, People or None, notes
     if people is None: return film, None, []
     return film, *_fit(film, people if isinstance(people, People) else read_people(people, film.name, opened.skeleton))
 
-# %% ../nbs/96_predict.ipynb #96-predict-27
+# %% ../nbs/96_predict.ipynb #96-predict-28
 def predict(
     video,            # a video, a pickle of joints alone, or a `Film`
     checkpoint=None,  # whatever `open_checkpoint` takes; None: the network that comes with the package
@@ -290,7 +294,7 @@ def predict(
     from tqdm import tqdm
     opened = open_checkpoint(checkpoint)
     film, people, notes = _found(video, opened, keypoints, stream)
-    absent, loud = _sides(opened, film, people, stream)
+    absent, loud = _missing(opened, film, people, stream)
     if people is not None and not people.seen.any(): raise DataError(f"{film.name}: nobody is in the joints of {people.where} (every score or position is 0). Look at the video, or use `--stream rgb` with another file")
     box = _box(box, film)
     usual = opened.card.seconds or 2.
@@ -299,7 +303,7 @@ def predict(
     return Prediction(film, opened, stream, [_look(opened, film, people, a, b, box, absent) for a,b in tqdm(spans, disable=not progress or len(spans)<20, unit="window")],
                       people, box, absent, len(spans)>1, length, (stride or length/2) if length else None, (*loud, *film.notes, *notes))
 
-# %% ../nbs/96_predict.ipynb #96-predict-28
+# %% ../nbs/96_predict.ipynb #96-predict-29
 def _box(box, film): # x1,y1,x2,y2 of a square, or None
     if box is None: return None
     (x1,y1,x2,y2), (h,w) = (int(v) for v in box), film.size
@@ -312,7 +316,7 @@ def _look(opened, film, people, a, b, box, absent):
     if people is not None and not people.seen[a:b].any(): return Window(*span, a, b-1, {}, {})
     return Window(*span, a, b-1, *listen(opened, *inputs(opened, film, people, a, b, box, absent)))
 
-# %% ../nbs/96_predict.ipynb #96-predict-30
+# %% ../nbs/96_predict.ipynb #96-predict-31
 def _top(p, k=5): return np.argsort(-p, kind="stable")[:k]
 _SAYS = {"rgb": "RGB", "pose": "Pose", "fused": "both streams"}
 def _streams(p): return _SAYS.get(p.stream, p.stream) if len(p.opened.sees)>1 else _SAYS[p.opened.sees[0]]
@@ -330,7 +334,7 @@ def _tree_lines(p, w=None):
     rest = [b for b in _top(body, tree.K_B) if b not in order and body[b]>=.005]
     if rest and tree.K_B>1: yield "other body parts: " + ", ".join(f"{tree.bodies[b]} {body[b]:.1%}" for b in rest)
 
-# %% ../nbs/96_predict.ipynb #96-predict-31
+# %% ../nbs/96_predict.ipynb #96-predict-32
 def _near(p, w, n=3): # stream -> [(action id, cosine)]
     shown = w.nearest if p.stream=="fused" else {k: v for k,v in w.nearest.items() if k==p.stream}
     return {s: [(int(k), float(c[k])) for k in _top(c, n)] for s,c in shown.items()}
@@ -359,7 +363,7 @@ def _text(self):
     return "\n".join(line.rstrip() for line in lines)
 Prediction.__str__ = Prediction.__repr__ = _text
 
-# %% ../nbs/96_predict.ipynb #96-predict-36
+# %% ../nbs/96_predict.ipynb #96-predict-37
 def _lists(p, w=None): # actions, bodies
     tree, (action, before, body) = p.opened.tree, p.of(w)
     r = lambda v: round(float(v), 6)
@@ -381,7 +385,7 @@ def _as_dict(self)->dict:
                 windows=[span(w) | (_lists(self, w) if w.streams else dict(actions=[], bodies=[], prototypes={})) for w in self.windows])
 Prediction.as_dict = _as_dict
 
-# %% ../nbs/96_predict.ipynb #96-predict-39
+# %% ../nbs/96_predict.ipynb #96-predict-40
 def cam(
     A:torch.Tensor, # `(C,T,h,w)` feature map
     G:torch.Tensor, # `(C,T,h,w)` slope of a logit
@@ -389,7 +393,7 @@ def cam(
     "Channels added up by their mean slope; what speaks against the action is left out."
     return torch.einsum("c,cthw->thw", G.mean((1,2,3)), A).clamp(min=0)
 
-# %% ../nbs/96_predict.ipynb #96-predict-43
+# %% ../nbs/96_predict.ipynb #96-predict-44
 def _stages(model, stream): # of the pathway, first to last; [] where there is none
     net = getattr(model, "backbone", None)
     path = getattr(net, stream, net)
@@ -414,7 +418,7 @@ def grad_cam(
     M = cam(A[0].detach().float(), G[0].float())
     return (M/M.max().clamp(min=1e-12)).cpu().numpy()
 
-# %% ../nbs/96_predict.ipynb #96-predict-48
+# %% ../nbs/96_predict.ipynb #96-predict-49
 INK, PALE, RUST, DARK = "#333333", "#767676", "#8c2d04", (24, 26, 34)
 GLOW = "inferno"   # dark to bright: read without colours too
 
@@ -443,7 +447,7 @@ def _over(frames, maps): # `(n,S,S,3)` uint8, `(n,h,w)` 0..1 -> the frames, grey
         out.append(grey*(1-.8*m) + 255*glow(m[...,0])[...,:3]*.8*m)
     return np.stack(out).clip(0, 255).astype(np.uint8)
 
-# %% ../nbs/96_predict.ipynb #96-predict-49
+# %% ../nbs/96_predict.ipynb #96-predict-50
 def _spread(n, k): return np.unique(np.linspace(0, n-1, min(n, k)).round().astype(int))
 
 def _heat(pose, skeleton, S): # `(V,T,h,w)` heatmaps -> `(T,S,S,3)` uint8, every joint in its colour
@@ -480,7 +484,7 @@ def _rows(p, w, S=160, k=8): # (title, times, tiles `(n,S,S,3)`) of a contact sh
 def _over_joints(night, maps, kp, skeleton): # glow first, bones on top
     return np.stack([_draw_joints(f, k, skeleton) for f,k in zip(_over(night, maps), kp)])
 
-# %% ../nbs/96_predict.ipynb #96-predict-50
+# %% ../nbs/96_predict.ipynb #96-predict-51
 def contact_sheet(
     p:Prediction,
     w:Window=None, # which window; None: the most confident
@@ -505,7 +509,7 @@ def contact_sheet(
     _bars(fig, p, w, tall)
     return fig
 
-# %% ../nbs/96_predict.ipynb #96-predict-51
+# %% ../nbs/96_predict.ipynb #96-predict-52
 def _head(fig, p, w, tall): # title, source, warning
     action, _, _ = p.of(w)
     tree, k = p.opened.tree, int(action.argmax())
@@ -550,7 +554,7 @@ def _barh(ax, names, values, colors, marks=None):
     for s in ("top", "right", "bottom"): ax.spines[s].set_visible(False)
     ax.spines["left"].set_color(PALE)
 
-# %% ../nbs/96_predict.ipynb #96-predict-52
+# %% ../nbs/96_predict.ipynb #96-predict-53
 def png(fig, small:bool=True)->bytes:
     "A figure as PNG; small: in 256 colours."
     import io
@@ -559,7 +563,7 @@ def png(fig, small:bool=True)->bytes:
     FigureCanvasAgg(fig).print_png(b := io.BytesIO())
     return palette(b.getvalue()) if small else b.getvalue()
 
-# %% ../nbs/96_predict.ipynb #96-predict-55
+# %% ../nbs/96_predict.ipynb #96-predict-56
 def timeline(p:Prediction): # a matplotlib `Figure`
     "What happens when."
     from matplotlib.colors import to_rgb
@@ -596,7 +600,7 @@ def _cell(x, row, width, color, v):
     from matplotlib.patches import Rectangle
     return Rectangle((x, row+.06), width, .88, lw=0, facecolor=tuple(1-(1-c)*v for c in color))
 
-# %% ../nbs/96_predict.ipynb #96-predict-56
+# %% ../nbs/96_predict.ipynb #96-predict-57
 def _names(p, edges, end, wide, bar): # (x, y, name) over stretches of the same best action, room they need above the bars, and to the right, inches
     tree, stretches = p.opened.tree, []
     for (a,b),w in zip(edges, p.windows):
@@ -636,7 +640,7 @@ def _timeline_head(fig, p, tall):
     fig.text(.15/11, 1-.12/tall, _short(p.film.name)+what, fontsize=10.5, weight="bold", color=INK, va="top")
     fig.text(.15/11, 1-.36/tall, "\n".join(_loud(p)), fontsize=8, color=RUST, va="top", linespacing=1.25)
 
-# %% ../nbs/96_predict.ipynb #96-predict-59
+# %% ../nbs/96_predict.ipynb #96-predict-60
 def save(
     p:Prediction,
     folder:str|Path, # made if it is not there
