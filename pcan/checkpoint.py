@@ -11,15 +11,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 import numpy as np
 import torch
-from .data import read_list, read_split
-from .files import DataError, atomic, data_dir, read_json, reports_dir, sha256_file
+from .data import read_split
+from .files import DataError, atomic, data_dir, read_json, reports_dir
 from .runs import Run, from_dict
-from .skeleton import EDGES, FLIP_PAIRS, JOINTS
 from .slowonly import misfit
 from .submit import load_run, released_run
 from .systems import SYSTEMS
 from .train import laid_out
-from .tree import MA52
 
 # %% ../nbs/95_checkpoint.ipynb #95-checkpoint-05
 WARNING = "network trained on a synthetic benchmark; not for judging people"
@@ -67,16 +65,9 @@ def _training_clips(run): # clips per action, their usual length in seconds; (),
         try: clips = read_split(data_dir()/run.data, "train")
         except DataError: return (), None
         y, frames = [c.label for c in clips], np.median([len(c.keypoint) for c in clips])
-    return tuple(np.bincount(y, minlength=_tree(run).K_A).tolist()), round(float(frames)/30, 3)   # MA-52 and ours: 30 frames a second
+    return tuple(np.bincount(y, minlength=run.tree.K_A).tolist()), round(float(frames)/30, 3)   # MA-52 and ours: 30 frames a second
 
-# %% ../nbs/95_checkpoint.ipynb #95-checkpoint-08
-def _tree(run): return getattr(run, "tree", MA52)
-
-def _skeleton(run):
-    from types import SimpleNamespace
-    return getattr(run, "skeleton", SimpleNamespace(joints=JOINTS, edges=EDGES, flips=FLIP_PAIRS))
-
-# %% ../nbs/95_checkpoint.ipynb #95-checkpoint-10
+# %% ../nbs/95_checkpoint.ipynb #95-checkpoint-09
 FORMAT = "pcan-1"
 
 def pack(
@@ -96,7 +87,7 @@ def _halved(x):
     if not x.is_floating_point(): return x
     return h if (h:=x.half()).isfinite().all() or not x.isfinite().all() else x
 
-# %% ../nbs/95_checkpoint.ipynb #95-checkpoint-12
+# %% ../nbs/95_checkpoint.ipynb #95-checkpoint-11
 @dataclass
 class Opened:
     "A network ready to use."
@@ -106,14 +97,14 @@ class Opened:
     path:str = ""         # where it came from
 
     @property
-    def tree(self): return _tree(self.run)
+    def tree(self): return self.run.tree
     @property
-    def skeleton(self): return _skeleton(self.run)
+    def skeleton(self): return self.run.clip.skeleton
     @property
     def sees(self)->tuple: # inputs its network takes
         return tuple(s for s in ("rgb", "pose") if getattr(self.run.clip, f"{s}_frames"))
 
-# %% ../nbs/95_checkpoint.ipynb #95-checkpoint-13
+# %% ../nbs/95_checkpoint.ipynb #95-checkpoint-12
 _MAKE = "`pcan_pack RUN --out FILE` makes one from a finished run, `pcan_train` makes a run"
 
 def _read(path): # metadata, tensors
@@ -133,7 +124,7 @@ def _config(path, meta): # run, card
     try: return from_dict(Run, raw), card
     except (TypeError, ValueError) as e: raise DataError(f"{path}: its configuration is of another version of pcan ({e})") from None
 
-# %% ../nbs/95_checkpoint.ipynb #95-checkpoint-14
+# %% ../nbs/95_checkpoint.ipynb #95-checkpoint-13
 def _ours(path): # -> Opened, of a file that `pack` wrote
     meta, tensors = _read(path)
     run, card = _config(path, meta)
@@ -152,7 +143,7 @@ def _of_run(source):
     model, run, folder = load_run(source)
     return Opened(model, run, card_of(run, folder), str(folder))
 
-# %% ../nbs/95_checkpoint.ipynb #95-checkpoint-15
+# %% ../nbs/95_checkpoint.ipynb #95-checkpoint-14
 def default_checkpoint()->Path:
     "The network that comes with the package."
     return Path(__file__).parent/"weights"/"thin.safetensors" if "__file__" in globals() else Path("../pcan/weights/thin.safetensors").resolve()
@@ -171,7 +162,7 @@ def open_checkpoint(
     laid_out(opened.model.eval())
     return opened
 
-# %% ../nbs/95_checkpoint.ipynb #95-checkpoint-17
+# %% ../nbs/95_checkpoint.ipynb #95-checkpoint-16
 def _card_rows(o): # (what, value)
     c, sees = o.card, {"rgb": "frames", "pose": "joints"}
     yield "network", f"{c.system or o.run.system}, {c.parameters:,} parameters, sees {' and '.join(sees[s] for s in o.sees)}"

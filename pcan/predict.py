@@ -19,7 +19,7 @@ from .data import Clip, _best_person, _brief, _reader, _scores, _wrong, item, pe
 from .files import DataError, atomic, load_pickle, write_json
 from .model import fuse
 from .prototypes import cosine
-from .skeleton import JOINT_COLORS
+from .skeleton import draw_skeleton, joint_colors
 from .slowonly import SlowOnly
 from .tree import BODY_COLORS
 
@@ -98,7 +98,7 @@ def read_people(
     shape = np.shape(row.get("keypoint", ()))
     if len(shape)==4 and shape[2]!=V:
         raise DataError(f"{path}, {found}: found {shape[2]} joints; this network knows {V} ({', '.join(skeleton.joints[:3])} ...). `pcan_pose` makes them from a video")
-    if wrong:=_wrong(row): raise DataError(f"{path}, {found}: found {wrong[0]}; expected {wrong[1]}")
+    if wrong:=_wrong(row, V): raise DataError(f"{path}, {found}: found {wrong[0]}; expected {wrong[1]}")
     return People(*_best_person(row), found, len(_scores(row)), str(path))
 
 # %% ../nbs/96_predict.ipynb #96-predict-10
@@ -151,7 +151,7 @@ def windows(
     starts = np.arange(0, max(total-length, 0)+half, stride)
     if total-length-starts[-1]>half: starts = np.append(starts, total-length)
     at = lambda t: np.searchsorted(times-times[0], t-half)
-    return [(int(a), int(b)) for a,b in zip(at(starts), at(starts+length)) if b>a]
+    return list(dict.fromkeys((int(a), int(b)) for a,b in zip(at(starts), at(starts+length)) if b>a))
 
 # %% ../nbs/96_predict.ipynb #96-predict-18
 def _square(box): # the same middle, sides as long as the longer one
@@ -422,19 +422,7 @@ def grad_cam(
 INK, PALE, RUST, DARK = "#333333", "#767676", "#8c2d04", (24, 26, 34)
 GLOW = "inferno"   # dark to bright: read without colours too
 
-def _joint_colors(skeleton): # RGB of each joint
-    V = len(skeleton.joints)
-    if V==len(JOINT_COLORS): return np.array(JOINT_COLORS)
-    return np.array([[int(BODY_COLORS[j%len(BODY_COLORS)][i:i+2], 16) for i in (1,3,5)] for j in range(V)])
-
-def _draw_joints(frame, kp, skeleton): # kp: `(V,3)` in its pixels; a drawn copy
-    import cv2
-    out, colors, s = np.ascontiguousarray(frame).copy(), _joint_colors(skeleton).tolist(), len(frame)/160
-    at, seen = lambda j: tuple(int(round(float(v)*16)) for v in kp[j,:2]), (kp[:,2]>0) & (kp[:,:2]!=0).any(1)
-    for a,b in skeleton.edges:
-        if seen[a] and seen[b]: cv2.line(out, at(a), at(b), colors[b], max(1, round(s)), cv2.LINE_AA, 4)
-    for j in np.flatnonzero(seen): cv2.circle(out, at(j), int(16*1.5*s), colors[j], -1, cv2.LINE_AA, 4)
-    return out
+def _draw_joints(frame, kp, skeleton): return draw_skeleton(frame, kp[:,:2], kp[:,2]*(kp[:,:2]!=0).any(1), 1, skeleton)
 
 def _over(frames, maps): # `(n,S,S,3)` uint8, `(n,h,w)` 0..1 -> the frames, greyed, with the maps glowing on top
     import cv2
@@ -452,7 +440,7 @@ def _spread(n, k): return np.unique(np.linspace(0, n-1, min(n, k)).round().astyp
 
 def _heat(pose, skeleton, S): # `(V,T,h,w)` heatmaps -> `(T,S,S,3)` uint8, every joint in its colour
     import cv2
-    c = _joint_colors(skeleton)/255.
+    c = np.array(joint_colors(skeleton))/255.
     lit = np.stack([np.clip(np.einsum("vhw,vc->hwc", f, c)/max(pose.max(), 1e-6), 0, 1) for f in pose.transpose(1,0,2,3)])
     out = DARK + lit*(255-np.array(DARK))
     return np.stack([cv2.resize(f.astype(np.float32), (S,S), interpolation=cv2.INTER_CUBIC) for f in out]).clip(0, 255).astype(np.uint8)

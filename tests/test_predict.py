@@ -11,7 +11,8 @@ from pcan.data import Clip, read_split, video
 from pcan.files import DataError, data_dir
 from pcan.predict import Film, People, contact_sheet, grad_cam, inputs, open_film, predict, sample, save, timeline, windows
 from pcan.systems import SYSTEMS
-from pcan.tree import MA52
+from pcan.skeleton import LAYOUTS
+from pcan.tree import MA52, ActionTree
 from tinyset import frames_and_keypoints, write_video
 
 SYNTH = Card("a-run", "PCAN", "synth/smoke", synthetic=True, seconds=.8)
@@ -133,6 +134,22 @@ def test_samples():
     assert a.name==b.name=="playing-objects" and np.array_equal(a.read([3]), b.read([3])) and "synthetic" in a.notes[0]
     for wrong in ("juggling", 52, "-1", ""):
         with pytest.raises(ValueError, match="expected a number below 52 or one of: shaking body"): sample(wrong, "smoke")
+
+@pytest.mark.parametrize("system", ["pcan", "ctrgcn", "poseconv3d"])
+def test_a_data_set_of_your_own(tmp_path, system):
+    "Two actions under one body part, 17 joints: body parts then say nothing and are not shown, and nothing speaks of MA-52."
+    coco, run = LAYOUTS["coco17"], runs.make(system, "smoke")
+    run = replace(run, data="mine", tree=ActionTree(("all",), ("yes", "no"), (0,0)), clip=replace(run.clip, skeleton=coco), net=replace(run.net, pose=replace(run.net.pose, in_channels=17)))
+    model, _ = SYSTEMS[system].build(run)
+    pack(run, model.eval(), Card("mine", "PCAN", "mine", clips=(3,4), seconds=.5), tmp_path/"mine.safetensors")
+    v = talk(tmp_path, 40)
+    with pytest.raises(DataError, match="found 28 joints; this network knows 17"): predict(v, tmp_path/"mine.safetensors")
+    v.with_suffix(".pkl").write_bytes(pickle.dumps(rows("talk", frames_and_keypoints(1, 3, 40)[1][None,:,:17])))
+    p = predict(v, tmp_path/"mine.safetensors")
+    d = p.as_dict()
+    assert p.sliding and d["bodies"]==[] and {a["name"] for a in d["actions"]}=={"yes", "no"} and d["label"]=="" and WARNING not in str(p)
+    assert not any(line.startswith("all ") for line in str(p).splitlines()) and str(p).count("─ ")==2
+    assert len(save(p, tmp_path/"out"))==3
 
 # ---- a missing input
 
