@@ -1,7 +1,6 @@
 "One file that holds a network: what goes in comes out, and what is wrong with a file is said."
 import json
 from dataclasses import replace
-import numpy as np
 import pytest, torch
 from safetensors import safe_open
 from safetensors.torch import save_file

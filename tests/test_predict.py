@@ -2,14 +2,13 @@
 import json, pickle
 from dataclasses import replace
 from fractions import Fraction
-from pathlib import Path
 import numpy as np
 import pytest, torch
 from pcan import cli, data, predict as P, runs, submit
 from pcan.checkpoint import WARNING, Card, Opened, pack
 from pcan.data import Clip, read_split, video
 from pcan.files import DataError, data_dir
-from pcan.predict import Film, People, contact_sheet, grad_cam, inputs, open_film, predict, sample, save, timeline, windows
+from pcan.predict import Film, contact_sheet, grad_cam, inputs, open_film, predict, sample, save, timeline, windows
 from pcan.systems import SYSTEMS
 from pcan.skeleton import LAYOUTS
 from pcan.tree import MA52, ActionTree
@@ -102,6 +101,7 @@ def test_every_system(tmp_path):
         assert d["inputs"]["used"]==list(o.sees) and str(p).count("─ ")==5 and WARNING in str(p)
         assert (d["actions"][0]["before"] is not None)==(name in ("pcan", "repaired")), name
         assert bool(d["prototypes"])==(name in ("pcan", "repaired")), name
+        assert d["body_from"]==("classifier" if name in ("pcan", "repaired") else "tree") and ("no body classifier" in str(p))==(d["body_from"]=="tree"), name
     for name in ("pcan", "tsn", "ctrgcn", "b2c"):
         assert [f.name for f in save(predict(sample("nodding", "smoke"), network(name)), tmp_path/name)]==["prediction.json", "contact_sheet.png"]
     for s in ("rgb", "pose"):
@@ -217,7 +217,7 @@ def test_box(tmp_path):
     (lambda kp: rows("a", kp)+rows("b", kp), ["joints of 2 videos (a, b", "none of talk"]),
     (lambda kp: [], ["no entry"]),
     (lambda kp: 3, ["found int"]),
-    (lambda kp: [3], ["list of int"]),
+    (lambda kp: [3], ["a list of int"]),
     (lambda kp: [dict(frame_dir="talk")], ["found keys ['frame_dir']; expected also ['img_shape', 'keypoint']"]),
 ])
 def test_joints_that_are_refused(tmp_path, opened, change, words, file, capsys):
@@ -262,7 +262,7 @@ def test_nobody_for_a_while(tmp_path, opened):
 def remuxed(src, dst, change): # the same packets in another container
     import av
     with av.open(str(src)) as a, av.open(str(dst), "w") as b:
-        s, packets = a.streams.video[0], []
+        s = a.streams.video[0]
         t = b.add_stream_from_template(s)
         change(t)
         for p in a.demux(s):
@@ -422,7 +422,7 @@ def test_command(tmp_path, file, capsys, monkeypatch):
 def test_the_schema_is_kept(opened):
     "Keys are only ever added: these stay."
     d = predict(sample("waving", "smoke"), opened).as_dict()
-    assert set(d)>={"schema","label","notes","video","network","inputs","actions","bodies","prototypes","sliding","window","stride","windows"}
+    assert set(d)>={"schema","label","notes","video","network","inputs","actions","bodies","prototypes","body_from","sliding","window","stride","windows"}
     assert set(d["video"])>={"name","frames","seconds","fps","width","height"} and set(d["network"])>={"system","run","data","synthetic"}
     assert set(d["inputs"])>={"stream","used","missing","keypoints","persons","box"}
     assert set(d["actions"][0])>={"id","name","body","probability","before"} and set(d["bodies"][0])>={"id","name","probability"}
