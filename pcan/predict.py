@@ -172,7 +172,8 @@ def _clip(film, people, a, b, V): # frames a to b-1; without joints none is foun
 def _crops(film, clip, spec, box, a, numbers): # (len,side,side,3)
     source = lambda _, i: film.read(a+np.asarray(i))
     some, back = np.unique(numbers, return_inverse=True)
-    parts = [person_frames(clip, spec, some[i:i+16], source, box) for i in range(0, len(some), 16)]
+    n = int(np.clip(1e8/(3*film.size[0]*film.size[1]), 1, 16))       # about 100 MB of decoded frames
+    parts = [person_frames(clip, spec, some[i:i+n], source, box) for i in range(0, len(some), n)]
     return np.concatenate(parts)[back]
 
 # %% ../nbs/96_predict.ipynb #96-predict-19
@@ -587,12 +588,15 @@ def timeline(p:Prediction): # a matplotlib `Figure`
     at = lambda bottom, high: [1.25/wide, bottom/tall, (wide-1.25-margin)/wide, high/tall]
     low = fig.add_axes(at(.5, max(.28*K, .02)))
     up = fig.add_axes(at(.5+.28*K+.12, bar), sharex=low)
+    there = [(a, b-a, *p.of(w)) for (a,b),w in zip(edges, p.windows) if w.streams]
     for (a,b),w in zip(edges, p.windows):
-        if not w.streams: low.axvspan(a, b, color="#e4e4e4", lw=0); continue
-        action, _, body = p.of(w)
-        k = int(action.argmax())
-        up.bar(a, action[k], b-a, align="edge", color=_ink(tree.parents[k]), lw=.4 if len(edges)<100 else 0, edgecolor="white")
-        for r in range(K): low.add_patch(_cell(a, r, b-a, to_rgb(_ink(r)), float(body[r])))
+        if not w.streams: low.axvspan(a, b, color="#e4e4e4", lw=0)
+    at, span, actions, _, bodies = (np.array(v) for v in zip(*there))
+    colors = [_ink(tree.parents[k]) for k in actions.argmax(1)]
+    up.bar(at, actions.max(1), span, align="edge", color=colors, lw=.4 if len(edges)<100 else 0, edgecolor="white")
+    for r in range(K):
+        shade = 1-(1-np.array(to_rgb(_ink(r))))*bodies[:,r,None]     # (n,3): white to the body part's colour
+        low.broken_barh(list(zip(at, span)), (r+.06, .88), facecolors=shade, lw=0)
     level = max([y for _,y,_ in names], default=0)
     for x,y,name in names:
         up.text(x, level+.05, name, rotation=28, ha="left", va="bottom", rotation_mode="anchor", fontsize=8, color=INK)
@@ -605,10 +609,6 @@ def _edges(p): # of each window the part of the time that is nearest to its midd
     mids = np.array([(w.start+w.end)/2 for w in p.windows])
     cuts = np.concatenate([[0.], (mids[1:]+mids[:-1])/2, [p.film.seconds]])
     return list(zip(cuts[:-1], cuts[1:]))
-
-def _cell(x, row, width, color, v):
-    from matplotlib.patches import Rectangle
-    return Rectangle((x, row+.06), width, .88, lw=0, facecolor=tuple(1-(1-c)*v for c in color))
 
 # %% ../nbs/96_predict.ipynb #96-predict-57
 def _names(p, edges, end, wide, bar): # (x, y, name) over stretches of one best action; inches they need above the bars and to the right
