@@ -19,6 +19,7 @@ setup(
     author=cfg["author"],
     keywords=cfg["keywords"],
     packages=find_packages(include=["pcan", "pcan.*"]),
+    package_data={"pcan": ["weights/*.safetensors"]},
     python_requires=f">={cfg['min_python']},<3.13",
     install_requires=cfg["requirements"].split(),
     extras_require={"notebook": notebook, "dev": notebook + dev, "pose": pose},

@@ -7,19 +7,17 @@ __all__ = ['WARNING', 'FORMAT', 'Card', 'card_of', 'pack', 'Opened', 'default_ch
 
 # %% ../nbs/95_checkpoint.ipynb #95-checkpoint-02
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import numpy as np
 import torch
-from .data import read_list, read_split
-from .files import DataError, atomic, data_dir, read_json, reports_dir, sha256_file
+from .data import read_split
+from .files import DataError, atomic, data_dir, read_json, reports_dir
 from .runs import Run, from_dict
-from .skeleton import EDGES, FLIP_PAIRS, JOINTS
 from .slowonly import misfit
 from .submit import load_run, released_run
 from .systems import SYSTEMS
 from .train import laid_out
-from .tree import MA52
 
 # %% ../nbs/95_checkpoint.ipynb #95-checkpoint-05
 WARNING = "network trained on a synthetic benchmark; not for judging people"
@@ -54,8 +52,9 @@ def card_of(
     env, metrics = (read_json(Path(folder)/f"{n}.json") for n in ("environment", "metrics"))
     versions = {k: env[k] for k in ("pcan", "python", "torch", "numpy", "opencv") if k in env}
     clips, seconds = _training_clips(run)
-    return Card(Path(folder).resolve().name, SYSTEMS[run.system].label, run.data, env.get("data", ""), run.data.startswith("synth/"), clips, seconds,
-                metrics, env.get("parameters", 0), env.get("recipe"), env.get("commit", ""), versions, note)
+    synthetic = run.data.startswith("synth/")
+    return Card(Path(folder).resolve().name, SYSTEMS[run.system].label, run.data, env.get("data", ""), synthetic, clips, seconds, metrics,
+                 env.get("parameters", 0), env.get("recipe"), env.get("commit", ""), versions, note)
 
 def _training_clips(run): # clips per action, their usual length in seconds; (), None where the data set is not here
     kind, _, name = run.data.partition("/")
@@ -67,16 +66,9 @@ def _training_clips(run): # clips per action, their usual length in seconds; (),
         try: clips = read_split(data_dir()/run.data, "train")
         except DataError: return (), None
         y, frames = [c.label for c in clips], np.median([len(c.keypoint) for c in clips])
-    return tuple(np.bincount(y, minlength=_tree(run).K_A).tolist()), round(float(frames)/30, 3)   # MA-52 and ours: 30 frames a second
+    return tuple(np.bincount(y, minlength=run.tree.K_A).tolist()), round(float(frames)/30, 3)   # MA-52 and ours: 30 frames a second
 
-# %% ../nbs/95_checkpoint.ipynb #95-checkpoint-08
-def _tree(run): return getattr(run, "tree", MA52)
-
-def _skeleton(run):
-    from types import SimpleNamespace
-    return getattr(run, "skeleton", SimpleNamespace(joints=JOINTS, edges=EDGES, flips=FLIP_PAIRS))
-
-# %% ../nbs/95_checkpoint.ipynb #95-checkpoint-10
+# %% ../nbs/95_checkpoint.ipynb #95-checkpoint-09
 FORMAT = "pcan-1"
 
 def pack(
@@ -96,7 +88,7 @@ def _halved(x):
     if not x.is_floating_point(): return x
     return h if (h:=x.half()).isfinite().all() or not x.isfinite().all() else x
 
-# %% ../nbs/95_checkpoint.ipynb #95-checkpoint-12
+# %% ../nbs/95_checkpoint.ipynb #95-checkpoint-11
 @dataclass
 class Opened:
     "A network ready to use."
@@ -106,14 +98,14 @@ class Opened:
     path:str = ""         # where it came from
 
     @property
-    def tree(self): return _tree(self.run)
+    def tree(self): return self.run.tree
     @property
-    def skeleton(self): return _skeleton(self.run)
+    def skeleton(self): return self.run.clip.skeleton
     @property
     def sees(self)->tuple: # inputs its network takes
         return tuple(s for s in ("rgb", "pose") if getattr(self.run.clip, f"{s}_frames"))
 
-# %% ../nbs/95_checkpoint.ipynb #95-checkpoint-13
+# %% ../nbs/95_checkpoint.ipynb #95-checkpoint-12
 _MAKE = "`pcan_pack RUN --out FILE` makes one from a finished run, `pcan_train` makes a run"
 
 def _read(path): # metadata, tensors
@@ -121,44 +113,49 @@ def _read(path): # metadata, tensors
     try:
         with safe_open(path, "pt") as f: return f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, OSError, ValueError) as e:
-        raise DataError(f"{path}: not readable as safetensors ({str(e)[:120]}); if it was cut short, download or make it again. {_MAKE}") from None
+        cut = "if it was cut short, download or make it again"
+        raise DataError(f"{path}: not readable as safetensors ({str(e)[:120]}); {cut}. {_MAKE}") from None
 
 def _config(path, meta): # run, card
     if (found:=meta.get("format"))!=FORMAT:
         what = f"format {found!r}" if found else "no format" + (": the weights of a training run, so give its folder" if "state" in meta else "")
         raise DataError(f"{path}: found {what}; expected a file of format {FORMAT!r}. {_MAKE}")
     try: raw, card = json.loads(meta["run"]), from_dict(Card, json.loads(meta["card"]))
-    except (KeyError, TypeError, ValueError) as e: raise DataError(f"{path}: its header is not readable ({type(e).__name__}: {e}). {_MAKE}") from None
-    if raw.get("system") not in SYSTEMS: raise DataError(f"{path}: found a network of system {raw.get('system')!r}; this version knows {', '.join(SYSTEMS)}")
+    except (KeyError, TypeError, ValueError) as e:
+        raise DataError(f"{path}: its header is not readable ({type(e).__name__}: {e}). {_MAKE}") from None
+    if raw.get("system") not in SYSTEMS:
+        raise DataError(f"{path}: found a network of system {raw.get('system')!r}; this version knows {', '.join(SYSTEMS)}")
     try: return from_dict(Run, raw), card
     except (TypeError, ValueError) as e: raise DataError(f"{path}: its configuration is of another version of pcan ({e})") from None
 
-# %% ../nbs/95_checkpoint.ipynb #95-checkpoint-14
+# %% ../nbs/95_checkpoint.ipynb #95-checkpoint-13
 def _ours(path): # -> Opened, of a file that `pack` wrote
     meta, tensors = _read(path)
     run, card = _config(path, meta)
     with torch.random.fork_rng(devices=[]): model, _ = SYSTEMS[run.system].build(run)
-    if wrong:=misfit(tensors, model.state_dict()): raise DataError(f"{path}: its tensors do not fit the {run.system} network it says it holds: {wrong}. {_MAKE}")
+    if wrong:=misfit(tensors, model.state_dict()):
+        raise DataError(f"{path}: its tensors do not fit the {run.system} network it says it holds: {wrong}. {_MAKE}")
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k,v in tensors.items()})
     return Opened(model, run, card, str(path))
 
 def _released(path): # of the authors' code
     from pcan.released import load
     model, run = load(path), released_run()
-    note = "the authors' published weights; their test recipe"
-    return Opened(model, run, Card(Path(path).name, "PCAN (released)", run.data, parameters=sum(p.numel() for p in model.parameters()), note=note), str(path))
+    card = Card(Path(path).name, "PCAN (released)", run.data, parameters=sum(p.numel() for p in model.parameters()),
+                note="a checkpoint of the authors' code, with their test recipe")
+    return Opened(model, run, card, str(path))
 
 def _of_run(source):
     model, run, folder = load_run(source)
     return Opened(model, run, card_of(run, folder), str(folder))
 
-# %% ../nbs/95_checkpoint.ipynb #95-checkpoint-15
+# %% ../nbs/95_checkpoint.ipynb #95-checkpoint-14
 def default_checkpoint()->Path:
     "The network that comes with the package."
     return Path(__file__).parent/"weights"/"thin.safetensors" if "__file__" in globals() else Path("../pcan/weights/thin.safetensors").resolve()
 
 def open_checkpoint(
-    source=None, # a file of `pack`; a run's name or folder; a checkpoint of the authors' code; an `Opened`; None: the one that comes with the package
+    source=None, # a file of `pack`; a run's name or folder; a checkpoint of the authors' code; None: the network that comes with the package
 )->Opened:
     "A network ready to use. A `DataError` says what is missing or does not fit, and what to do."
     if isinstance(source, Opened): return source
@@ -171,19 +168,23 @@ def open_checkpoint(
     laid_out(opened.model.eval())
     return opened
 
-# %% ../nbs/95_checkpoint.ipynb #95-checkpoint-17
+# %% ../nbs/95_checkpoint.ipynb #95-checkpoint-16
+_METRICS = dict(action_top1="action top-1", action_top5="top-5", body_top1="body top-1", f1_mean="F1 mean")
+
 def _card_rows(o): # (what, value)
     c, sees = o.card, {"rgb": "frames", "pose": "joints"}
     yield "network", f"{c.system or o.run.system}, {c.parameters:,} parameters, sees {' and '.join(sees[s] for s in o.sees)}"
     yield "run", c.run
-    yield "trained on", f"{c.data}{' (synthetic: drawn figures, no people)' if c.synthetic else ''}{f', {sum(c.clips):,} clips' if c.clips else ''}"
+    yield "trained on", ", ".join([c.data + " (synthetic: drawn figures, no people)"*c.synthetic] + [f"{sum(c.clips):,} clips"]*bool(c.clips))
     if c.seconds: yield "length of a clip", f"{c.seconds:g} s"
-    if c.clips: yield "clips per action", f"{min(c.clips)} to {max(c.clips)}; fewest: {', '.join(o.tree.actions[k] for k in np.argsort(c.clips, kind='stable')[:3])}"
+    if c.clips:
+        fewest = ", ".join(o.tree.actions[k] for k in np.argsort(c.clips, kind="stable")[:3])
+        yield "clips per action", f"{min(c.clips)} to {max(c.clips)}; fewest: {fewest}"
     for split,streams in c.metrics.items():
         m = streams.get("fused") or next(iter(streams.values()))
-        shown = [(n, m[k]) for k,n in (("action_top1", "action top-1"), ("action_top5", "top-5"), ("body_top1", "body top-1"), ("f1_mean", "F1 mean")) if k in m]
-        yield f"on {split}", ", ".join(f"{n} {100*v:.1f}%" for n,v in shown)
-    yield "code", ", ".join(filter(None, [f"recipe {c.recipe}" if c.recipe else "", f"commit {c.commit[:10]}" if c.commit else "", *(f"{k} {v}" for k,v in c.versions.items())]))
+        yield f"on {split}", ", ".join(f"{name} {100*m[k]:.1f}%" for k,name in _METRICS.items() if k in m)
+    code = [f"recipe {c.recipe}"]*bool(c.recipe) + [f"commit {c.commit[:10]}"]*bool(c.commit) + [f"{k} {v}" for k,v in c.versions.items()]
+    yield "code", ", ".join(code)
     if c.data_sha: yield "data set's fingerprint", c.data_sha[:16]
     if c.note: yield "note", c.note
 

@@ -392,6 +392,7 @@ def item(
     return dict(rgb=torch.from_numpy(rgb), keypoint=torch.from_numpy(kp), crop=torch.from_numpy(box.astype(np.float32)),
                 flip=bool(rng is not None and rng.rand()<spec.flip))
 
+# %% ../nbs/11_data.ipynb #11-data-52
 class Clips(Dataset):
     "Clips of one split as items: bytes, coordinates, and what is to be done with them."
     def __init__(self,
@@ -425,14 +426,14 @@ class Clips(Dataset):
         if self._rgb is None: self._rgb = np.load(self.cache, mmap_mode="r")
         return self._rgb[self.starts[i]+at]
 
-# %% ../nbs/11_data.ipynb #11-data-51
+# %% ../nbs/11_data.ipynb #11-data-53
 def _getitem(self, i:int)->dict:
     i = int(i)
     rng = _rng(self.seed, self.epoch, i) if self.train else None
     return item(self.keypoint[i], lambda at: self.frames(i, at), self.spec, rng) | dict(label=int(self.labels[i]), index=i)
 Clips.__getitem__ = _getitem
 
-# %% ../nbs/11_data.ipynb #11-data-57
+# %% ../nbs/11_data.ipynb #11-data-59
 class _Order(Sampler):
     def __init__(self, clips, seed, shuffle): self.clips, self.seed, self.shuffle = clips, seed, shuffle
     def __len__(self): return len(self.clips)
@@ -457,7 +458,7 @@ def loader(
                       drop_last=train and len(clips)>=batch, worker_init_fn=_one_thread,
                       pin_memory=torch.cuda.is_available(), generator=torch.Generator().manual_seed(seed))
 
-# %% ../nbs/11_data.ipynb #11-data-62
+# %% ../nbs/11_data.ipynb #11-data-64
 @dataclass
 class Report:
     "What `validate` found."
@@ -488,7 +489,7 @@ class Report:
         return "\n".join(lines)
     __repr__ = __str__
 
-# %% ../nbs/11_data.ipynb #11-data-63
+# %% ../nbs/11_data.ipynb #11-data-65
 def _broken(clip): # complaint about a video, or None
     try: video(clip, [0, len(clip.keypoint)-1])
     except DataError as e: return str(e)
@@ -507,7 +508,7 @@ def _names(path, tree): # complaints about the names of the actions; the file ma
     if len(found)!=tree.K_A: return [_said(path, f"{len(found)} names", f"{tree.K_A}")]
     return [_said(path, f"{k} {found[k]!r}", repr(tree.actions[k])) for k in wrong]
 
-# %% ../nbs/11_data.ipynb #11-data-64
+# %% ../nbs/11_data.ipynb #11-data-66
 def validate(
     root:str|Path,      # a data set's folder
     videos:bool=True,   # decode the first and last frame of every video; False: only look whether it is there

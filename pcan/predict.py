@@ -8,18 +8,17 @@ __all__ = ['SCHEMA', 'INK', 'PALE', 'RUST', 'DARK', 'GLOW', 'Film', 'open_film',
            'contact_sheet', 'png', 'timeline', 'save']
 
 # %% ../nbs/96_predict.ipynb #96-predict-02
-import json, re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
-from .augment import prepare, sample_uniform
+from .augment import prepare
 from .checkpoint import Opened, open_checkpoint
-from .data import Clip, _best_person, _brief, open_video, _scores, _wrong, item, person, person_frames, person_keypoint, sampled
+from .data import Clip, _best_person, _brief, open_video, _scores, _wrong, item, person_frames, person_keypoint, sampled
 from .files import DataError, atomic, load_pickle, write_json
 from .model import fuse
 from .prototypes import cosine
-from .skeleton import JOINT_COLORS
+from .skeleton import draw_skeleton, joint_colors
 from .slowonly import SlowOnly
 from .tree import BODY_COLORS
 
@@ -48,7 +47,9 @@ def _why(path): # what a file that is no video is
         with av.open(str(path)) as f: kinds = {s.type for s in f.streams}
     except Exception: return "not a video: no decoder knows this format. Convert it, for example to mp4 with H.264"
     if "video" not in kinds: return f"found {', '.join(sorted(kinds)) or 'no stream'} only; expected a video"
-    return "no frame of it can be decoded; record, download or convert it again"
+    return f"no frame of it can be decoded; {_AGAIN}"
+
+_AGAIN = "record, download or convert it again"
 
 def open_film(path:str|Path)->Film:
     "Open a video. A `DataError` says what is wrong with it."
@@ -57,11 +58,11 @@ def open_film(path:str|Path)->Film:
     try:
         n, read, when = open_video(str(path))
         size, times = read([0]).shape[1:3], np.asarray(when(), float)
-    except Exception as e: raise DataError(f"{path}: {_why(path)}") from None
+    except Exception: raise DataError(f"{path}: {_why(path)}") from None
     if n>1 and not (np.isfinite(times).all() and (np.diff(times)>0).all()): times = np.arange(n)/30   # a container without usable times
     def frames(i):
         try: return read(i)
-        except Exception as e: raise DataError(f"{path}: broken in one of its {n} frames ({_brief(e)}); record, download or convert it again") from None
+        except Exception as e: raise DataError(f"{path}: broken in one of its {n} frames ({_brief(e)}); {_AGAIN}") from None
     still = ("the video has one frame; the networks look at movement",) if n==1 else ()
     return Film(path.name, times-times[0], tuple(size), frames, path=path, notes=still)
 
@@ -87,32 +88,37 @@ def read_people(
     skeleton,       # of the network: `joints` it knows
 )->People:
     "One video's joints. A `DataError` if they are not there or of another skeleton."
-    raw, V = load_pickle(path), len(skeleton.joints)
+    raw, V, stem = load_pickle(path), skeleton.V, Path(name).stem
     rows = raw.get("annotations", [raw]) if isinstance(raw, dict) else raw
-    if not isinstance(rows, (list,tuple)) or not rows: raise DataError(f"{path}: found {'no entry' if isinstance(rows, (list,tuple)) else type(rows).__name__}; expected joints as `pcan_pose` writes them")
-    named = {Path(str(r.get("frame_dir") or r.get("filename") or name)).stem: r for r in rows if isinstance(r, dict)}
-    if len(named)>1 and Path(name).stem not in named:
-        raise DataError(f"{path}: found joints of {len(named):,} videos ({', '.join(list(named)[:3])} ...), none of {Path(name).stem}; expected one of this name")
-    if not named: raise DataError(f"{path}: found a list of {type(rows[0]).__name__}; expected dicts as `pcan_pose` writes them")
-    found, row = next(((n, r) for n,r in named.items() if n==Path(name).stem), next(iter(named.items())))
-    shape = np.shape(row.get("keypoint", ()))
+    if not isinstance(rows, (list,tuple)) or not all(isinstance(r, dict) for r in rows) or not rows:
+        found = f"a list of {type(rows[0]).__name__}" if isinstance(rows, (list,tuple)) and rows else "no entry" if isinstance(rows, (list,tuple)) else type(rows).__name__
+        raise DataError(f"{path}: found {found}; expected dicts with joints, as `pcan_pose` writes them")
+    named = {Path(str(r.get("frame_dir") or r.get("filename") or name)).stem: r for r in rows}
+    if len(named)>1 and stem not in named:
+        raise DataError(f"{path}: found joints of {len(named):,} videos ({', '.join(list(named)[:3])} ...), none of {stem}; expected one of this name")
+    found = stem if stem in named else next(iter(named))
+    row, shape = named[found], np.shape(named[found].get("keypoint", ()))
     if len(shape)==4 and shape[2]!=V:
-        raise DataError(f"{path}, {found}: found {shape[2]} joints; this network knows {V} ({', '.join(skeleton.joints[:3])} ...). `pcan_pose` makes them from a video")
-    if wrong:=_wrong(row): raise DataError(f"{path}, {found}: found {wrong[0]}; expected {wrong[1]}")
+        raise DataError(f"{path}, {found}: found {shape[2]} joints; this network knows {V} ({', '.join(skeleton.joints[:3])} ...). "
+                        "`pcan_pose` makes them from a video")
+    if wrong:=_wrong(row, V): raise DataError(f"{path}, {found}: found {wrong[0]}; expected {wrong[1]}")
     return People(*_best_person(row), found, len(_scores(row)), str(path))
 
 # %% ../nbs/96_predict.ipynb #96-predict-10
 def _fit(film, p): # People as long as the film, notes; a DataError if they are not of this film
     T, n, notes = len(p.keypoint), len(film), []
-    if abs(T-n)>2: raise DataError(f"{film.name} has {n} frames and {p.where} has joints of {T}; expected the same. Make them again from this file with `pcan_pose`")
+    if abs(T-n)>2: raise DataError(f"{film.name} has {n} frames and {p.where} has joints of {T}; expected the same. {_POSE}")
     if T!=n: notes.append(f"{n} frames in the video, {T} in the joints: the {min(n,T)} that both have are used")
     (h,w), (H,W) = p.img_shape, film.size
     if abs(np.log((h/w)/(H/W)))>.03:
-        raise DataError(f"{film.name} has frames of {W} × {H} and {p.where} joints found in frames of {w} × {h}; expected the same shape (is one of them turned?). Make them again with `pcan_pose`")
+        raise DataError(f"{film.name} has frames of {W} × {H} and {p.where} joints found in frames of {w} × {h}; "
+                        f"expected the same shape (is one of them turned?). {_POSE}")
     if p.name!=Path(film.name).stem: notes.append(f"the joints say they are of {p.name!r}")
     if p.persons>1: notes.append(f"{p.persons} people in the joints: the one with the best mean score is looked at")
     m = min(n, T)
     return replace(p, keypoint=p.keypoint[:m], score=p.score[:m]), notes
+
+_POSE = "Make them again from this file with `pcan_pose`"
 
 def joints_alone(path:str|Path, skeleton, name:str="")->Film: # name: of the video, where the pickle has several
     "A film without frames, from a pickle of joints; 30 frames a second."
@@ -129,10 +135,11 @@ def sample(
     from pcan.tree import MA52
     spec, wanted = get_spec(data), str(action).strip()
     k = int(wanted) if wanted.isdigit() else MA52.actions.index(wanted) if wanted in MA52.actions else -1
-    if not 0<=k<MA52.K_A: raise ValueError(f"--sample: found {wanted!r}; expected a number below {MA52.K_A} or one of: {', '.join(MA52.actions)}")
-    c = clip(spec, "test", labels(spec, "test").index(k))
-    people = People(c.keypoint, c.score, spec.size, MA52.actions[k].replace(" ", "-"), where="the generator")
-    return Film(MA52.actions[k].replace(" ", "-"), np.arange(len(c.frames))/30, spec.size, lambda i: c.frames[np.asarray(i)], people,
+    if not 0<=k<MA52.K_A:
+        raise ValueError(f"--sample: found {wanted!r}; expected a number below {MA52.K_A} or one of: {', '.join(MA52.actions)}")
+    c, name = clip(spec, "test", labels(spec, "test").index(k)), MA52.actions[k].replace(" ", "-")
+    people = People(c.keypoint, c.score, spec.size, name, where="the generator")
+    return Film(name, np.arange(len(c.frames))/30, spec.size, lambda i: c.frames[np.asarray(i)], people,
                 notes=(f"synthetic: a drawn clip of {MA52.actions[k]!r}",))
 
 # %% ../nbs/96_predict.ipynb #96-predict-15
@@ -142,15 +149,16 @@ def windows(
     stride:float|None=None,  # from one window to the next; None: half a window
 )->list:                     # (first, last+1) frame numbers
     "Where to look."
-    n, step = len(times), (times[-1]-times[0])/(len(times)-1) if len(times)>1 else 1/30
-    if length is None: return [(0, n)]
+    if length is None: return [(0, len(times))]
+    gaps = np.diff(times) if len(times)>1 else np.array([1/30])
+    half = gaps.min()/2                                              # of a frame: times are rounded
     stride = length/2 if stride is None else stride
     if not (length>0 and stride>0): raise ValueError(f"found a window of {length:g} s every {stride:g} s; expected more than 0")
-    total = times[-1]-times[0]+step
-    starts = np.arange(0, max(total-length, 0)+step/2, stride)
-    if total-length-starts[-1]>step/2: starts = np.append(starts, total-length)
-    at = lambda t: np.searchsorted(times-times[0], t-step/2)
-    return [(int(a), int(b)) for a,b in zip(at(starts), at(starts+length)) if b>a]
+    total = times[-1]-times[0]+gaps.mean()
+    starts = np.arange(0, max(total-length, 0)+half, stride)
+    if total-length-starts[-1]>half: starts = np.append(starts, total-length)
+    at = lambda t: np.searchsorted(times-times[0], t-half)
+    return list(dict.fromkeys((int(a), int(b)) for a,b in zip(at(starts), at(starts+length)) if b>a))
 
 # %% ../nbs/96_predict.ipynb #96-predict-18
 def _square(box): # the same middle, sides as long as the longer one
@@ -164,7 +172,8 @@ def _clip(film, people, a, b, V): # frames a to b-1; without joints none is foun
 def _crops(film, clip, spec, box, a, numbers): # (len,side,side,3)
     source = lambda _, i: film.read(a+np.asarray(i))
     some, back = np.unique(numbers, return_inverse=True)
-    parts = [person_frames(clip, spec, some[i:i+16], source, box) for i in range(0, len(some), 16)]
+    n = int(np.clip(1e8/(3*film.size[0]*film.size[1]), 1, 16))       # about 100 MB of decoded frames
+    parts = [person_frames(clip, spec, some[i:i+n], source, box) for i in range(0, len(some), n)]
     return np.concatenate(parts)[back]
 
 # %% ../nbs/96_predict.ipynb #96-predict-19
@@ -177,7 +186,7 @@ def inputs(
     absent:tuple=(),     # inputs that are not there: "rgb", "pose"
 )->tuple:                # rgb and pose as the network wants them
     "One window as tensors. What is absent is blank: frames of the mean colour, heatmaps without a joint."
-    spec, clip = opened.run.clip, _clip(film, people, a, b, len(opened.skeleton.joints))
+    spec, clip = opened.run.clip, _clip(film, people, a, b, opened.skeleton.V)
     if box is None and people is None: box = _square((0, 0, film.size[1], film.size[0]))
     black = lambda at: np.zeros((len(at), spec.side, spec.side, 3), np.uint8)
     one = item(person_keypoint(clip, spec, box), black if "rgb" in absent else lambda at: _crops(film, clip, spec, box, a, at), spec)
@@ -196,6 +205,7 @@ class Window:
     last:int         # the last one, included
     streams:dict     # "rgb", "pose", ..., "fused" -> (action `(K_A,)`, before rectification `(K_A,)`, body `(K_B,)`); {}: nobody is there
     nearest:dict     # stream -> `(K_A,)` cosine to the prototypes
+    body_from:str="classifier" # where body probabilities come from; "tree": the network has no body classifier
 
 def _prototypes(head): return head.P_a.P if hasattr(head, "P_a") else head.p if hasattr(head, "p") else None
 
@@ -203,7 +213,7 @@ def _prototypes(head): return head.P_a.P if hasattr(head, "P_a") else head.p if 
 def listen(
     opened:Opened,
     x, pose,        # its inputs, of one clip
-)->tuple:           # streams, nearest, of a `Window`
+)->tuple:           # streams, nearest, body_from, of a `Window`
     "Probabilities and cosines."
     outputs, clips = opened.model(x, pose), opened.run.clip.clips_test
     after = fuse(outputs, opened.tree, clips)
@@ -212,7 +222,8 @@ def listen(
     heads = getattr(opened.model, "heads", {})
     P = {n: _prototypes(heads[n]) for n in outputs if n in heads}
     near = {n: cosine(outputs[n].match, p).mean(0).cpu().numpy() for n,p in P.items() if p is not None}
-    return {n: take(after[n][0], before[n][0], after[n][1]) for n in after}, near
+    body_from = "classifier" if all(s.body is not None for s in outputs.values()) else "tree"
+    return {n: take(after[n][0], before[n][0], after[n][1]) for n in after}, near, body_from
 
 # %% ../nbs/96_predict.ipynb #96-predict-23
 SCHEMA = "pcan-prediction-1"
@@ -243,26 +254,31 @@ class Prediction:
     def best(self)->Window: # the one with the highest probability
         return max(self.there, key=lambda w: w.streams[self.stream][0].max())
 
-# %% ../nbs/96_predict.ipynb #96-predict-25
-_WAYS = ("Three ways on: `pcan_pose {film}` finds joints (then give `--poses FILE.pkl`, or put the pickle beside the video under its name); "
-         "`--poses FILE.pkl` with joints you have; `--stream rgb` to look at frames alone")
-
-def _sides(opened, film, people, stream): # inputs that are absent, notes; a DataError if the network cannot do without
-    known = [*opened.sees, "fused"]
-    if stream not in known: raise ValueError(f"--stream: found {stream!r}; this network sees {' and '.join(opened.sees)}, so expected one of {', '.join(known)}")
-    absent = tuple(s for s,there in (("rgb", film.read), ("pose", people)) if s in opened.sees and there is None)
-    wanted = opened.sees if stream=="fused" else (stream,)
-    if "pose" in absent and "pose" in wanted:
-        ways = _WAYS.format(film=film.name) if "rgb" in opened.sees else _WAYS.format(film=film.name).rsplit("; ", 1)[0].replace("Three", "Two")
-        raise DataError(f"{film.name}: no joints, and this network wants them. {ways}")
-    if "rgb" in absent and "rgb" in wanted:
-        more = "; or look at joints alone with `--stream pose`" if "pose" in opened.sees else ""
-        raise DataError(f"{film.name}: no frames, and this network wants them. Give the video itself{more}")
-    if not absent: return (), []
-    what = {"rgb": "frames", "pose": "joints"}[absent[0]]
-    return absent, [f"THE NETWORK WAS TRAINED WITH BOTH frames and joints and gets no {what} here: expect about half its accuracy, or less"]
-
 # %% ../nbs/96_predict.ipynb #96-predict-26
+_WAYS = ("`pcan_pose VIDEO` finds joints (then give `--poses FILE.pkl`, or put the pickle beside the video under its name)",
+         "`--poses FILE.pkl` with joints you have", "`--stream rgb` to look at frames alone")
+
+def _voices(opened)->tuple: # streams that answer on their own
+    heads = getattr(opened.model, "heads", None)
+    return tuple(heads) if heads is not None else tuple(s for s in opened.sees if s==opened.model.name)
+
+def _missing(opened, film, people, stream): # inputs that are absent, notes; a DataError if the network cannot do without
+    voices, net = _voices(opened), opened.run.net
+    if stream not in (*voices, "fused"):
+        raise ValueError(f"--stream: found {stream!r}; this network sees {' and '.join(opened.sees)}, so expected {' or '.join((*voices, 'fused'))}")
+    absent = tuple(s for s,there in (("rgb", film.read), ("pose", people)) if s in opened.sees and there is None)
+    apart = len(voices)>1 and not (net.lateral or net.interaction)
+    if not absent or apart and stream not in (*absent, "fused"): return absent, []
+    if absent==("pose",) and stream=="rgb":
+        return absent, ["THE NETWORK WAS TRAINED WITH BOTH frames and joints and gets no joints here: expect much less of it"]
+    if "pose" in absent:
+        ways, n = ("; ".join(_WAYS), "Three") if "rgb" in voices else ("; ".join(_WAYS[:2]), "Two")
+        raise DataError(f"{film.name}: no joints, and this network wants them. {n} ways on: {ways.replace('VIDEO', film.name)}")
+    also = ", also for its Pose stream, which says little more than the most frequent action without" if stream=="pose" else ""
+    raise DataError(f"{film.name}: no frames, and this network wants them{also}. Give the video itself, or a network that was trained on "
+                    "joints alone (`pcan_train --stream pose`)")
+
+# %% ../nbs/96_predict.ipynb #96-predict-27
 def _found(video, opened, keypoints, stream): # Film, People or None, notes
     film = video if isinstance(video, Film) else None
     alone = lambda p, name="": joints_alone(p, opened.skeleton, name)
@@ -275,7 +291,7 @@ def _found(video, opened, keypoints, stream): # Film, People or None, notes
     if people is None: return film, None, []
     return film, *_fit(film, people if isinstance(people, People) else read_people(people, film.name, opened.skeleton))
 
-# %% ../nbs/96_predict.ipynb #96-predict-27
+# %% ../nbs/96_predict.ipynb #96-predict-28
 def predict(
     video,            # a video, a pickle of joints alone, or a `Film`
     checkpoint=None,  # whatever `open_checkpoint` takes; None: the network that comes with the package
@@ -290,16 +306,20 @@ def predict(
     from tqdm import tqdm
     opened = open_checkpoint(checkpoint)
     film, people, notes = _found(video, opened, keypoints, stream)
-    absent, loud = _sides(opened, film, people, stream)
-    if people is not None and not people.seen.any(): raise DataError(f"{film.name}: nobody is in the joints of {people.where} (every score or position is 0). Look at the video, or use `--stream rgb` with another file")
+    absent, loud = _missing(opened, film, people, stream)
+    if people is not None and not people.seen.any():
+        raise DataError(f"{film.name}: nobody is in the joints of {people.where}: every score or position is 0. Look at the video; if somebody "
+                        f"is there, {_POSE[0].lower()+_POSE[1:]}")
     box = _box(box, film)
     usual = opened.card.seconds or 2.
     length = window if window is not None else usual if film.seconds>1.5*usual else None
     spans = windows(film.times[:len(people.keypoint)] if people is not None else film.times, length, stride)
-    return Prediction(film, opened, stream, [_look(opened, film, people, a, b, box, absent) for a,b in tqdm(spans, disable=not progress or len(spans)<20, unit="window")],
-                      people, box, absent, len(spans)>1, length, (stride or length/2) if length else None, (*loud, *film.notes, *notes))
+    bar = tqdm(spans, disable=not progress or len(spans)<20, unit="window")
+    seen = [_look(opened, film, people, a, b, box, absent) for a,b in bar]
+    return Prediction(film, opened, stream, seen, people, box, absent, len(spans)>1, length, (stride or length/2) if length else None,
+                      (*loud, *film.notes, *notes))
 
-# %% ../nbs/96_predict.ipynb #96-predict-28
+# %% ../nbs/96_predict.ipynb #96-predict-29
 def _box(box, film): # x1,y1,x2,y2 of a square, or None
     if box is None: return None
     (x1,y1,x2,y2), (h,w) = (int(v) for v in box), film.size
@@ -312,7 +332,7 @@ def _look(opened, film, people, a, b, box, absent):
     if people is not None and not people.seen[a:b].any(): return Window(*span, a, b-1, {}, {})
     return Window(*span, a, b-1, *listen(opened, *inputs(opened, film, people, a, b, box, absent)))
 
-# %% ../nbs/96_predict.ipynb #96-predict-30
+# %% ../nbs/96_predict.ipynb #96-predict-31
 def _top(p, k=5): return np.argsort(-p, kind="stable")[:k]
 _SAYS = {"rgb": "RGB", "pose": "Pose", "fused": "both streams"}
 def _streams(p): return _SAYS.get(p.stream, p.stream) if len(p.opened.sees)>1 else _SAYS[p.opened.sees[0]]
@@ -321,16 +341,18 @@ def _tree_lines(p, w=None):
     action, before, body = p.of(w)
     tree, top = p.opened.tree, _top(action)
     order = list(dict.fromkeys(tree.parents[k] for k in top))
-    yield f"{'':<44}{'after':>7}{'before rectification':>24}" if p.rectified else f"{'':<44}{'':>7}"
+    if p.rectified: yield f"{'':<44}{'after':>7}{'before rectification':>24}"
     for b in order:
         if tree.K_B>1: yield f"{tree.bodies[b]}  {body[b]:.1%}"
         kids = [k for k in top if tree.parents[k]==b]
         for k in kids:
-            yield f"{'└─' if k==kids[-1] else '├─'} {tree.actions[k]:<41}{action[k]:>7.1%}" + (f"{before[k]:>11.1%}" if p.rectified else "")
+            line = f"{'└─' if k==kids[-1] else '├─'} {tree.actions[k]:<41}{action[k]:>7.1%}"
+            yield line + (f"{before[k]:>11.1%}" if p.rectified else "")
     rest = [b for b in _top(body, tree.K_B) if b not in order and body[b]>=.005]
     if rest and tree.K_B>1: yield "other body parts: " + ", ".join(f"{tree.bodies[b]} {body[b]:.1%}" for b in rest)
+    if tree.K_B>1 and p.best.body_from=="tree": yield "(body parts from their best action: this network has no body classifier)"
 
-# %% ../nbs/96_predict.ipynb #96-predict-31
+# %% ../nbs/96_predict.ipynb #96-predict-32
 def _near(p, w, n=3): # stream -> [(action id, cosine)]
     shown = w.nearest if p.stream=="fused" else {k: v for k,v in w.nearest.items() if k==p.stream}
     return {s: [(int(k), float(c[k])) for k in _top(c, n)] for s,c in shown.items()}
@@ -351,37 +373,41 @@ def _text(self):
     lines += [*filter(None, [c.label]), *(f"note: {n}" for n in self.notes), ""]
     if self.sliding:
         lines += [f"{len(self.windows)} windows of {self.length:g} s, one every {self.stride:g} s"]
-        lines += [f"{a:7.1f} – {b:6.1f} s  " + ("nobody" if k is None else f"{tree.actions[k]} {q:.1%}") for a,b,k,q in runs_of(self)] + ["", "mean of all windows"]
+        what = lambda k, q: "nobody" if k is None else f"{tree.actions[k]} {q:.1%}"
+        lines += [*(f"{a:7.1f} – {b:6.1f} s  {what(k, q)}" for a,b,k,q in runs_of(self)), "", "mean of all windows"]
     lines += _tree_lines(self)
     if near:=_near(self, self.best):
         when = f" at {self.best.start:.1f} s" if self.sliding else ""
-        lines += ["", f"nearest prototypes{when} (cosine)"] + [f"{_SAYS.get(s, s):<6}" + ", ".join(f"{tree.actions[k]} {v:.2f}" for k,v in rows) for s,rows in near.items()]
+        said = lambda rows: ", ".join(f"{tree.actions[k]} {v:.2f}" for k,v in rows)
+        lines += ["", f"nearest prototypes{when} (cosine)", *(f"{_SAYS.get(s, s):<6}{said(rows)}" for s,rows in near.items())]
     return "\n".join(line.rstrip() for line in lines)
 Prediction.__str__ = Prediction.__repr__ = _text
 
-# %% ../nbs/96_predict.ipynb #96-predict-36
+# %% ../nbs/96_predict.ipynb #96-predict-37
 def _lists(p, w=None): # actions, bodies
     tree, (action, before, body) = p.opened.tree, p.of(w)
     r = lambda v: round(float(v), 6)
-    actions = [dict(id=int(k), name=tree.actions[k], body=tree.bodies[tree.parents[k]], probability=r(action[k]), before=r(before[k]) if p.rectified else None) for k in _top(action)]
+    actions = [dict(id=int(k), name=tree.actions[k], body=tree.bodies[tree.parents[k]], probability=r(action[k]),
+                    before=r(before[k]) if p.rectified else None) for k in _top(action)]
     bodies = [dict(id=int(b), name=tree.bodies[b], probability=r(body[b])) for b in _top(body, tree.K_B)] if tree.K_B>1 else []
     near = {s: [dict(id=k, name=tree.actions[k], cosine=r(v)) for k,v in rows] for s,rows in _near(p, w or p.best).items()}
     return dict(actions=actions, bodies=bodies, prototypes=near)
 
 def _as_dict(self)->dict:
     "What `prediction.json` holds."
-    f, c, o = self.film, self.opened.card, self.opened
+    f, c, o, who = self.film, self.opened.card, self.opened, self.people
     span = lambda w: dict(start=round(w.start, 3), end=round(w.end, 3), first_frame=w.first, last_frame=w.last, person=bool(w.streams))
     return dict(schema=SCHEMA, label=c.label, notes=list(self.notes),
-                video=dict(name=f.name, frames=len(f), seconds=round(f.seconds, 3), fps=round(float(f.fps), 3), width=int(f.size[1]), height=int(f.size[0])),
+                video=dict(name=f.name, frames=len(f), seconds=round(f.seconds, 3), fps=round(float(f.fps), 3),
+                           width=int(f.size[1]), height=int(f.size[0])),
                 network=dict(system=c.system, run=c.run, data=c.data, synthetic=c.synthetic),
                 inputs=dict(stream=self.stream, used=[s for s in o.sees if s not in self.absent], missing=list(self.absent),
-                            keypoints=Path(self.people.where).name if self.people else None, persons=self.people.persons if self.people else None, box=self.box and list(self.box)),
-                **_lists(self), sliding=self.sliding, window=self.length, stride=self.stride,
+                            keypoints=Path(who.where).name if who else None, persons=who.persons if who else None, box=self.box and list(self.box)),
+                **_lists(self), body_from=self.best.body_from, sliding=self.sliding, window=self.length, stride=self.stride,
                 windows=[span(w) | (_lists(self, w) if w.streams else dict(actions=[], bodies=[], prototypes={})) for w in self.windows])
 Prediction.as_dict = _as_dict
 
-# %% ../nbs/96_predict.ipynb #96-predict-39
+# %% ../nbs/96_predict.ipynb #96-predict-40
 def cam(
     A:torch.Tensor, # `(C,T,h,w)` feature map
     G:torch.Tensor, # `(C,T,h,w)` slope of a logit
@@ -389,7 +415,7 @@ def cam(
     "Channels added up by their mean slope; what speaks against the action is left out."
     return torch.einsum("c,cthw->thw", G.mean((1,2,3)), A).clamp(min=0)
 
-# %% ../nbs/96_predict.ipynb #96-predict-43
+# %% ../nbs/96_predict.ipynb #96-predict-44
 def _stages(model, stream): # of the pathway, first to last; [] where there is none
     net = getattr(model, "backbone", None)
     path = getattr(net, stream, net)
@@ -414,23 +440,11 @@ def grad_cam(
     M = cam(A[0].detach().float(), G[0].float())
     return (M/M.max().clamp(min=1e-12)).cpu().numpy()
 
-# %% ../nbs/96_predict.ipynb #96-predict-48
+# %% ../nbs/96_predict.ipynb #96-predict-49
 INK, PALE, RUST, DARK = "#333333", "#767676", "#8c2d04", (24, 26, 34)
 GLOW = "inferno"   # dark to bright: read without colours too
 
-def _joint_colors(skeleton): # RGB of each joint
-    V = len(skeleton.joints)
-    if V==len(JOINT_COLORS): return np.array(JOINT_COLORS)
-    return np.array([[int(BODY_COLORS[j%len(BODY_COLORS)][i:i+2], 16) for i in (1,3,5)] for j in range(V)])
-
-def _draw_joints(frame, kp, skeleton): # kp: `(V,3)` in its pixels; a drawn copy
-    import cv2
-    out, colors, s = np.ascontiguousarray(frame).copy(), _joint_colors(skeleton).tolist(), len(frame)/160
-    at, seen = lambda j: tuple(int(round(float(v)*16)) for v in kp[j,:2]), (kp[:,2]>0) & (kp[:,:2]!=0).any(1)
-    for a,b in skeleton.edges:
-        if seen[a] and seen[b]: cv2.line(out, at(a), at(b), colors[b], max(1, round(s)), cv2.LINE_AA, 4)
-    for j in np.flatnonzero(seen): cv2.circle(out, at(j), int(16*1.5*s), colors[j], -1, cv2.LINE_AA, 4)
-    return out
+def _draw_joints(frame, kp, skeleton): return draw_skeleton(frame, kp[:,:2], kp[:,2]*(kp[:,:2]!=0).any(1), 1, skeleton)
 
 def _over(frames, maps): # `(n,S,S,3)` uint8, `(n,h,w)` 0..1 -> the frames, greyed, with the maps glowing on top
     import cv2
@@ -443,44 +457,40 @@ def _over(frames, maps): # `(n,S,S,3)` uint8, `(n,h,w)` 0..1 -> the frames, grey
         out.append(grey*(1-.8*m) + 255*glow(m[...,0])[...,:3]*.8*m)
     return np.stack(out).clip(0, 255).astype(np.uint8)
 
-# %% ../nbs/96_predict.ipynb #96-predict-49
+# %% ../nbs/96_predict.ipynb #96-predict-50
 def _spread(n, k): return np.unique(np.linspace(0, n-1, min(n, k)).round().astype(int))
 
 def _heat(pose, skeleton, S): # `(V,T,h,w)` heatmaps -> `(T,S,S,3)` uint8, every joint in its colour
     import cv2
-    c = _joint_colors(skeleton)/255.
+    c = np.array(joint_colors(skeleton))/255.
     lit = np.stack([np.clip(np.einsum("vhw,vc->hwc", f, c)/max(pose.max(), 1e-6), 0, 1) for f in pose.transpose(1,0,2,3)])
     out = DARK + lit*(255-np.array(DARK))
     return np.stack([cv2.resize(f.astype(np.float32), (S,S), interpolation=cv2.INTER_CUBIC) for f in out]).clip(0, 255).astype(np.uint8)
 
 def _rows(p, w, S=160, k=8): # (title, times, tiles `(n,S,S,3)`) of a contact sheet
-    o, a, b = p.opened, w.first, w.last+1
-    spec, big = o.run.clip, replace(o.run.clip, side=S, antialias=True)
-    x, pose = inputs(o, p.film, p.people, a, b, p.box, p.absent)
-    action = int(p.of(w)[0].argmax())
-    clip = _clip(p.film, p.people, a, b, len(o.skeleton.joints))
-    box = p.box or (_square((0, 0, p.film.size[1], p.film.size[0])) if p.people is None else None)
-    kp = person_keypoint(clip, big, box) if p.people is not None else None
-    at = {s: n[0] for s,n in zip(("rgb", "pose"), sampled(spec, b-a)) if s in o.sees and s not in p.absent}
-    when = lambda s: [p.film.times[a+i]-w.start for i in at[s][_spread(len(at[s]), k)]]
-    look = {s: grad_cam(o, x, pose, s, action) for s in at if p.stream in (s, "fused")}
-    drawn = lambda frames, numbers: np.stack([_draw_joints(f, kp[i], o.skeleton) if kp is not None else f for f,i in zip(frames, numbers)])
-    night = lambda n: np.full((n,S,S,3), DARK, np.uint8)
-    pick = {s: v[_spread(len(v), k)] for s,v in at.items()}
-    some = lambda s: _spread(len(at[s]), k)
-    if p.film.read: frames = _crops(p.film, clip, big, box, a, (shown:=pick.get("rgb", pick.get("pose"))))
-    if p.film.read: yield "frames, joints" if kp is not None else "frames", when("rgb" if "rgb" in at else "pose"), drawn(frames, shown)
-    if look.get("rgb") is not None: yield "what spoke for it:\nRGB stream", when("rgb"), _over(frames, look["rgb"][some("rgb")])
+    o, f, a = p.opened, p.film, w.first
+    spec, clip, action = o.run.clip, _clip(f, p.people, a, w.last+1, o.skeleton.V), int(p.of(w)[0].argmax())
+    big = replace(spec, side=S, antialias=True)
+    box = p.box or (None if p.people else _square((0, 0, f.size[1], f.size[0])))
+    x, pose = inputs(o, f, p.people, a, w.last+1, p.box, p.absent)
+    at = {s: n[0] for s,n in zip(("rgb", "pose"), sampled(spec, w.last+1-a)) if s in o.sees and s not in p.absent}
+    few = {s: _spread(len(n), k) for s,n in at.items()}              # of the frames a stream looks at, those that are shown
+    when = lambda s: [f.times[a+i]-w.start for i in at[s][few[s]]]
+    look = {s: m[few[s]] for s in at if p.stream in (s, "fused") and (m:=grad_cam(o, x, pose, s, action)) is not None}
+    kp = person_keypoint(clip, big, box) if p.people else None
+    bones = lambda frames, s: np.stack([_draw_joints(t, kp[i], o.skeleton) for t,i in zip(frames, at[s][few[s]])]) if p.people else frames
+    if f.read:
+        s = next(iter(at))
+        frames = _crops(f, clip, big, box, a, at[s][few[s]])
+        yield "frames, joints" if p.people else "frames", when(s), bones(frames, s)
+    if "rgb" in look: yield "what spoke for it:\nRGB stream", when("rgb"), _over(frames, look["rgb"])
     if "pose" not in at: return
-    maps = spec.pose_as=="heatmaps"
-    yield "heatmaps" if maps else "joints", when("pose"), _heat(pose[0].cpu().numpy()[:, some("pose")], o.skeleton, S) if maps else drawn(night(len(some("pose"))), pick["pose"])
-    if look.get("pose") is not None:
-        yield "what spoke for it:\nPose stream", when("pose"), _over_joints(night(len(some("pose"))), look["pose"][some("pose")], kp[pick["pose"]], o.skeleton)
+    night = np.full((len(few["pose"]),S,S,3), DARK, np.uint8)
+    if spec.pose_as=="heatmaps": yield "heatmaps", when("pose"), _heat(pose[0].cpu().numpy()[:,few["pose"]], o.skeleton, S)
+    else: yield "joints", when("pose"), bones(night, "pose")
+    if "pose" in look: yield "what spoke for it:\nPose stream", when("pose"), bones(_over(night, look["pose"]), "pose")
 
-def _over_joints(night, maps, kp, skeleton): # glow first, bones on top
-    return np.stack([_draw_joints(f, k, skeleton) for f,k in zip(_over(night, maps), kp)])
-
-# %% ../nbs/96_predict.ipynb #96-predict-50
+# %% ../nbs/96_predict.ipynb #96-predict-51
 def contact_sheet(
     p:Prediction,
     w:Window=None, # which window; None: the most confident
@@ -497,7 +507,8 @@ def contact_sheet(
     for title,times,tiles in rows:
         strip = np.full((S, n*S+(n-1)*gap, 3), 255, np.uint8)
         for i,t in enumerate(tiles): strip[:, i*(S+gap):i*(S+gap)+S] = t
-        ax = fig.add_axes([1.45/wide, (top-tile)/tall, n*tile/wide, tile/tall]); ax.imshow(strip, interpolation="nearest", aspect="auto"); ax.axis("off")
+        ax = fig.add_axes([1.45/wide, (top-tile)/tall, n*tile/wide, tile/tall])
+        ax.imshow(strip, interpolation="nearest", aspect="auto"); ax.axis("off")
         fig.text(1.35/wide, (top-tile/2)/tall, title, ha="right", va="center", fontsize=9, color=INK, linespacing=1.3)
         for i,t in enumerate(times): ax.text(i*(S+gap)+S/2, -5, f"{t:.2f} s", ha="center", va="bottom", fontsize=7, color=PALE)
         top -= tile+.22
@@ -505,13 +516,14 @@ def contact_sheet(
     _bars(fig, p, w, tall)
     return fig
 
-# %% ../nbs/96_predict.ipynb #96-predict-51
+# %% ../nbs/96_predict.ipynb #96-predict-52
 def _head(fig, p, w, tall): # title, source, warning
     action, _, _ = p.of(w)
     tree, k = p.opened.tree, int(action.argmax())
     where = f", {w.start:.1f} to {w.end:.1f} s" if p.sliding else ""
     _title(fig, tree.actions[k], tree.bodies[tree.parents[k]] if tree.K_B>1 else "", _ink(tree.parents[k]), tall)
-    fig.text(1-.15/11, 1-.16/tall, f"{_short(p.film.name)}{where}\n{p.opened.card.system}, {_streams(p)}", fontsize=8.5, color=INK, va="top", ha="right", linespacing=1.4)
+    who = f"{_short(p.film.name)}{where}\n{p.opened.card.system}, {_streams(p)}"
+    fig.text(1-.15/11, 1-.16/tall, who, fontsize=8.5, color=INK, va="top", ha="right", linespacing=1.4)
     fig.text(.15/11, 1-.5/tall, "\n".join(_loud(p)[:2]), fontsize=8, color=RUST, va="top", linespacing=1.25)
 
 def _title(fig, name, body, color, tall, size=15): # a chip in the body part's colour, the action, the body part
@@ -532,7 +544,7 @@ def _bars(fig, p, w, tall): # five actions on the left, body parts on the right
     two = tree.K_B>1
     ax = fig.add_axes([3.1/11, .2/tall, (3.7 if two else 7.2)/11, 1.55/tall])
     _barh(ax, [tree.actions[k] for k in top], action[top], [_ink(tree.parents[k]) for k in top], before[top] if p.rectified else None)
-    ax.set_title("actions" + (" (line: before rectification)" if p.rectified else ""), fontsize=9, loc="left", color=INK)
+    ax.set_title("actions" + (" (line, brackets: before rectification)" if p.rectified else ""), fontsize=9, loc="left", color=INK)
     if not two: return
     order = _top(body, tree.K_B)[:7]
     ax = fig.add_axes([8.25/11, .2/tall, 2.5/11, 1.55/tall])
@@ -543,14 +555,17 @@ def _barh(ax, names, values, colors, marks=None):
     y, top = np.arange(len(names)), max(float(max(values)), .02)
     ax.barh(y, values, .72, color=colors)
     if marks is not None: ax.vlines(marks, y-.42, y+.42, color=INK, lw=1.4)
-    for i,v in zip(y, values): ax.text(max(v, 0 if marks is None else marks[i])+.015*top, i, f"{v:.1%}", va="center", fontsize=8, color=INK)
-    ax.set(yticks=y, xlim=(0, 1.22*max(top, 0 if marks is None else float(max(marks)))), ylim=(len(names)-.4, -.6), xticks=[])
+    for i,v in zip(y, values):
+        ends = v if marks is None else max(v, marks[i])
+        t = ax.annotate(f"{v:.1%}", (ends, i), (4, 0), textcoords="offset points", va="center", fontsize=8, color=INK)
+        if marks is not None: ax.annotate(f"({marks[i]:.1%})", (1, .5), (4, 0), xycoords=t, textcoords="offset points", va="center", fontsize=8, color=PALE)
+    ax.set(yticks=y, xlim=(0, (1.22 if marks is None else 1.3)*max(top, 0 if marks is None else float(max(marks)))), ylim=(len(names)-.4, -.6), xticks=[])
     ax.set_yticklabels(names, fontsize=8.5, color=INK)
     ax.tick_params(length=0)
     for s in ("top", "right", "bottom"): ax.spines[s].set_visible(False)
     ax.spines["left"].set_color(PALE)
 
-# %% ../nbs/96_predict.ipynb #96-predict-52
+# %% ../nbs/96_predict.ipynb #96-predict-53
 def png(fig, small:bool=True)->bytes:
     "A figure as PNG; small: in 256 colours."
     import io
@@ -559,7 +574,7 @@ def png(fig, small:bool=True)->bytes:
     FigureCanvasAgg(fig).print_png(b := io.BytesIO())
     return palette(b.getvalue()) if small else b.getvalue()
 
-# %% ../nbs/96_predict.ipynb #96-predict-55
+# %% ../nbs/96_predict.ipynb #96-predict-56
 def timeline(p:Prediction): # a matplotlib `Figure`
     "What happens when."
     from matplotlib.colors import to_rgb
@@ -573,12 +588,15 @@ def timeline(p:Prediction): # a matplotlib `Figure`
     at = lambda bottom, high: [1.25/wide, bottom/tall, (wide-1.25-margin)/wide, high/tall]
     low = fig.add_axes(at(.5, max(.28*K, .02)))
     up = fig.add_axes(at(.5+.28*K+.12, bar), sharex=low)
+    there = [(a, b-a, *p.of(w)) for (a,b),w in zip(edges, p.windows) if w.streams]
     for (a,b),w in zip(edges, p.windows):
-        if not w.streams: low.axvspan(a, b, color="#e4e4e4", lw=0); continue
-        action, _, body = p.of(w)
-        k = int(action.argmax())
-        up.bar(a, action[k], b-a, align="edge", color=_ink(tree.parents[k]), lw=.4 if len(edges)<100 else 0, edgecolor="white")
-        for r in range(K): low.add_patch(_cell(a, r, b-a, to_rgb(_ink(r)), float(body[r])))
+        if not w.streams: low.axvspan(a, b, color="#e4e4e4", lw=0)
+    at, span, actions, _, bodies = (np.array(v) for v in zip(*there))
+    colors = [_ink(tree.parents[k]) for k in actions.argmax(1)]
+    up.bar(at, actions.max(1), span, align="edge", color=colors, lw=.4 if len(edges)<100 else 0, edgecolor="white")
+    for r in range(K):
+        shade = 1-(1-np.array(to_rgb(_ink(r))))*bodies[:,r,None]     # (n,3): white to the body part's colour
+        low.broken_barh(list(zip(at, span)), (r+.06, .88), facecolors=shade, lw=0)
     level = max([y for _,y,_ in names], default=0)
     for x,y,name in names:
         up.text(x, level+.05, name, rotation=28, ha="left", va="bottom", rotation_mode="anchor", fontsize=8, color=INK)
@@ -592,12 +610,8 @@ def _edges(p): # of each window the part of the time that is nearest to its midd
     cuts = np.concatenate([[0.], (mids[1:]+mids[:-1])/2, [p.film.seconds]])
     return list(zip(cuts[:-1], cuts[1:]))
 
-def _cell(x, row, width, color, v):
-    from matplotlib.patches import Rectangle
-    return Rectangle((x, row+.06), width, .88, lw=0, facecolor=tuple(1-(1-c)*v for c in color))
-
-# %% ../nbs/96_predict.ipynb #96-predict-56
-def _names(p, edges, end, wide, bar): # (x, y, name) over stretches of the same best action, room they need above the bars, and to the right, inches
+# %% ../nbs/96_predict.ipynb #96-predict-57
+def _names(p, edges, end, wide, bar): # (x, y, name) over stretches of one best action; inches they need above the bars and to the right
     tree, stretches = p.opened.tree, []
     for (a,b),w in zip(edges, p.windows):
         k = int(p.of(w)[0].argmax()) if w.streams else None
@@ -619,7 +633,8 @@ def _axes(up, low, p, K, end):
     up.tick_params(axis="x", length=0, labelbottom=False); up.tick_params(axis="y", length=0)
     low.set(xlim=(0, end), ylim=(max(K, .1), 0), yticks=np.arange(K)+.5)
     low.set_yticklabels(tree.bodies[:K], fontsize=8.5, color=INK)
-    for r in range(K): low.plot([-.005, -.005], [r+.06, r+.94], color=_ink(r), lw=5, solid_capstyle="butt", clip_on=False, transform=low.get_yaxis_transform())
+    chip = dict(lw=5, solid_capstyle="butt", clip_on=False, transform=low.get_yaxis_transform())
+    for r in range(K): low.plot([-.005, -.005], [r+.06, r+.94], color=_ink(r), **chip)
     low.tick_params(axis="y", length=0, pad=9); low.tick_params(axis="x", labelsize=8, colors=INK)
     low.set_xlabel("seconds" if end<180 else "minutes", fontsize=8.5, color=INK)
     if end>=180: low.xaxis.set_major_locator(_whole_minutes(end)); low.xaxis.set_major_formatter(lambda t, _: f"{int(t)//60}:{int(t)%60:02}")
@@ -636,7 +651,7 @@ def _timeline_head(fig, p, tall):
     fig.text(.15/11, 1-.12/tall, _short(p.film.name)+what, fontsize=10.5, weight="bold", color=INK, va="top")
     fig.text(.15/11, 1-.36/tall, "\n".join(_loud(p)), fontsize=8, color=RUST, va="top", linespacing=1.25)
 
-# %% ../nbs/96_predict.ipynb #96-predict-59
+# %% ../nbs/96_predict.ipynb #96-predict-60
 def save(
     p:Prediction,
     folder:str|Path, # made if it is not there

@@ -229,11 +229,11 @@ def test_a_broken_part_is_named(films, tmp_path):
 def test_one_that_breaks_off_does_not_take_the_others_along(films, tmp_path, monkeypatch):
     real = data.open_video
     def reader(path):
-        n, read = real(path)
+        n, read, times = real(path)
         def broken(i):
-            if path.endswith("v1.mp4") and max(i)>6: raise RuntimeError("invalid data")
+            if str(path).endswith("v1.mp4") and max(i)>6: raise RuntimeError("invalid data")
             return read(i)
-        return n, broken
+        return n, broken, times
     monkeypatch.setattr(pose, "open_video", reader)
     with pytest.raises(DataError, match=r"1 of 3 videos failed.*\n.*v1.mp4: broken between frames 4 and 7 of 11"): estimate(films, green, tmp_path/"p.pkl", batch=4)
     assert not (tmp_path/"p.pkl").exists() and len(list((tmp_path/"p.parts").iterdir()))==2
