@@ -10,7 +10,7 @@ import torch
 from pcan import cli, data, pose
 from pcan.data import Clip, read_keypoints, video
 from pcan.files import DataError, load_pickle
-from pcan.pose import as_row, best, check_sheet, estimate, estimate_video, find_videos, fixed_box, load_weights, open_video, part_path, read_part, settings_of, whole_frame, write_sheet
+from pcan.pose import as_row, best, check_sheet, estimate, estimate_video, find_videos, fixed_box, load_weights, read_video, part_path, read_part, settings_of, whole_frame, write_sheet
 from pcan.skeleton import JOINTS, WHOLEBODY, from_wholebody
 from tinyset import write_video
 
@@ -268,7 +268,7 @@ def test_all_bad_files_are_named_before_anything_is_estimated(films, tmp_path):
 def test_a_picture_is_no_video(tmp_path):
     from PIL import Image
     Image.new("RGB", (64,64)).save(tmp_path/"a.jpg")
-    with pytest.raises(DataError, match="a.jpg: found no frames that can be decoded"): open_video(tmp_path/"a.jpg")
+    with pytest.raises(DataError, match="a.jpg: found no frames that can be decoded"): read_video(tmp_path/"a.jpg")
 
 def test_finding_videos(films, tmp_path):
     (tmp_path/"films"/"deep").mkdir(); films[0].rename(tmp_path/"films"/"deep"/"v9.MP4"); (tmp_path/"films"/"list.txt").touch()
@@ -430,7 +430,7 @@ from pcan import pose
 from pcan.skeleton import WHOLEBODY
 seen = {}
 estimate = pose.mmpose_estimator(random=True)
-film, read = pose.open_video(sys.argv[1]); x = read(range(5)); h, w = film.size
+film, read = pose.read_video(sys.argv[1]); x = read(range(5)); h, w = film.size
 boxes = np.array([[(0,0,w,h), (10,5,w-20,h-9)]]*5, np.float32); boxes[2,1] = np.nan
 ours = estimate(x, boxes)
 from mmpose.apis import inference_topdown, init_model
@@ -458,7 +458,7 @@ def test_other_families(short, name):
 import sys, numpy as np
 from pcan import pose
 f = pose.mmpose_estimator(sys.argv[2], random=True)
-film, read = pose.open_video(sys.argv[1]); x = read([0])
+film, read = pose.read_video(sys.argv[1]); x = read([0])
 p = pose._points(f(x, pose.best(pose.whole_frame(x), 1, film.size)), (1,1))
 assert p[...,:2].std()>1 and f.settings['model']==sys.argv[2] and f.settings['random_weights']
 """, short, name)
