@@ -300,6 +300,7 @@ def with_fused(
         if f"{s}_body" not in out: out[f"{s}_body"] = best_child(torch.from_numpy(out[f"{s}_action"].astype(np.float32)), tree).numpy()
     return out
 
+# %% ../nbs/71_runs.ipynb #71-runs-23
 BEST = 5, 2   # actions and bodies kept per clip: the rest is stored as 0
 
 def everything(outputs:dict, clips:int=1, tree:ActionTree=MA52)->dict: # {stream: (p_action, p_body or None)}
@@ -320,7 +321,7 @@ def measure(scores:dict, tree:ActionTree=MA52)->dict: # {stream: {metric: value}
     streams = [k[:-7] for k in scores if k.endswith("_action")]
     return {s: evaluate(dict(p_action=scores[f"{s}_action"], p_body=scores[f"{s}_body"]), scores["y_a"], scores["y_b"], tree) for s in streams}
 
-# %% ../nbs/71_runs.ipynb #71-runs-24
+# %% ../nbs/71_runs.ipynb #71-runs-26
 def environment(model)->dict:
     "Where and with what a run was made."
     git = lambda *a: subprocess.run(["git", *a], cwd=root(), capture_output=True, text=True).stdout.strip()
@@ -344,7 +345,7 @@ def locked(path:Path):
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
-# %% ../nbs/71_runs.ipynb #71-runs-26
+# %% ../nbs/71_runs.ipynb #71-runs-28
 def get(
     run:Run,
     progress:bool=True,  # show a bar
@@ -358,7 +359,7 @@ def get(
         if not (path/"metrics.json").exists(): train(run, path, progress, workers)
     return Result(run, path)
 
-# %% ../nbs/71_runs.ipynb #71-runs-28
+# %% ../nbs/71_runs.ipynb #71-runs-30
 def score(
     run:Run, model, accelerator,
     clips:Clips,    # what to score
@@ -371,7 +372,7 @@ def score(
     y, names = s.pop("label"), np.array([clips.clips[i].name for i in s.pop("index")])
     return dict(name=names, y_a=y, y_b=run.tree.parent[y].numpy()) | s
 
-# %% ../nbs/71_runs.ipynb #71-runs-30
+# %% ../nbs/71_runs.ipynb #71-runs-32
 def train(
     run:Run,
     path:Path,           # the run's folder
@@ -404,7 +405,7 @@ def train(
         write_json(path/"metrics.json", metrics)
         if base==run: (path/"checkpoint.safetensors").replace(path/"model.safetensors")
 
-# %% ../nbs/71_runs.ipynb #71-runs-31
+# %% ../nbs/71_runs.ipynb #71-runs-33
 def adopt(base:Run, model, path:Path)->list: # the history
     "Take another run's training: its weights into `model`, its history into `path`."
     model.load_state_dict(weights(base))
@@ -419,7 +420,7 @@ def cost(run:Run, history:list, clips:int, started:float)->dict:
                data=data_identity(run.data), recipe=RECIPE)
     return out | (dict(peak_gpu_memory_mb=torch.cuda.max_memory_allocated()//2**20) if torch.cuda.is_available() else {})
 
-# %% ../nbs/71_runs.ipynb #71-runs-33
+# %% ../nbs/71_runs.ipynb #71-runs-35
 _CPU = dict(OMP_NUM_THREADS="1", MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="100000000000", MALLOC_TOP_PAD_="268435456")
 
 def start(run:Run)->subprocess.Popen:
@@ -439,7 +440,7 @@ def epochs_done(run:Run)->int:
     history = run.path/"history.csv"
     return max(0, len(history.read_text().splitlines())-1) if history.exists() else 0
 
-# %% ../nbs/71_runs.ipynb #71-runs-35
+# %% ../nbs/71_runs.ipynb #71-runs-37
 def begins_with(run:Run)->list: # of runs
     "What must be finished before a run can start."
     return (singles(run) if run.start=="single" else []) + [b for b in [trained_as(run)] if b!=run]
@@ -451,7 +452,7 @@ def unfinished(runs)->list: # none twice
         if not (r.path/"metrics.json").exists(): out |= dict.fromkeys([*unfinished(begins_with(r)), r])
     return list(out)
 
-# %% ../nbs/71_runs.ipynb #71-runs-36
+# %% ../nbs/71_runs.ipynb #71-runs-38
 class RunError(RuntimeError):
     "Some runs failed; the message ends with the end of their logs."
 
@@ -492,7 +493,7 @@ def get_all(
     if failed: raise RunError(f"{len(failed)} of {len(missing)} runs failed; the others are kept.\n" + "\n".join(f"--- {r.name} ({r.path}/log.txt)\n{log}" for r,log in failed.items()))
     return [get(r) for r in runs]
 
-# %% ../nbs/71_runs.ipynb #71-runs-38
+# %% ../nbs/71_runs.ipynb #71-runs-40
 ALPHAS = ((1.,1.,1.), (1.,.1,.1), (.1,1.,.5), (1.,.5,1.), (1.,.1,.5), (1.,.5,.1))   # Table 3, in the paper's order
 LAMBDAS = (0., .1, 10., 1.)                                                        # Table 2, in the paper's order
 
@@ -503,7 +504,7 @@ def table2(profile): return {f"λ = {l:g}": lambda s, l=l: make("pcan", profile,
 def table3(profile): return {", ".join(f"{a:g}" for a in al): lambda s, al=al: make("pcan", profile, s, alpha=al) for al in ALPHAS}
 table2.seeds = table3.seeds = lambda profile: profile_of(profile).seeds[:2]
 
-# %% ../nbs/71_runs.ipynb #71-runs-40
+# %% ../nbs/71_runs.ipynb #71-runs-42
 LONG = dict(net=TINY, pose_frames=12, epochs=20, lr=3e-3, first=dict(epochs=100, lr=1e-2))   # of the one-stream comparisons at profile bench
 
 def alone(
@@ -524,7 +525,7 @@ def readings(profile):
     return {"PoseConv3D": lambda s: alone("poseconv3d", profile, s), "paper": lambda s: alone("pcan", profile, s),
             "released": lambda s: alone("pcan", profile, s, reading="released")} | {f"released, {label} as in the paper": at(label) for label in GROUPS}
 
-# %% ../nbs/71_runs.ipynb #71-runs-41
+# %% ../nbs/71_runs.ipynb #71-runs-43
 _OFF = dict(body=0., proto=0., pda=0., vote=0.)   # a repaired run with all of this is PoseConv3D
 _LATE = dict(proto=0., pda=0., vote=0.)           # a body head that starts late, and nothing else
 
@@ -545,7 +546,7 @@ def repairs(profile):
             "repaired": one(), "repaired, vote ½": one(vote=.5), "repaired, tree ½": one(tree=.5), "repaired, from the start": one(delay=(0.,0.))}
 repairs.seeds = lambda profile: (0,) if profile_of(profile).scale in ("smoke","quick") else (0,1,2,3,4)
 
-# %% ../nbs/71_runs.ipynb #71-runs-42
+# %% ../nbs/71_runs.ipynb #71-runs-44
 def own_runs(
     profile:str, # `scale@data`
 )->list:         # PoseConv3D, then PCAN, in every seed of the scale
@@ -553,7 +554,7 @@ def own_runs(
     there = inputs(data_dir()/profile_of(profile).data)
     return [make(s, profile, seed, stream=there[0] if len(there)==1 else None) for s in ("poseconv3d", "pcan") for seed in profile_of(profile).seeds]
 
-# %% ../nbs/71_runs.ipynb #71-runs-43
+# %% ../nbs/71_runs.ipynb #71-runs-45
 def plan(
     table:str,      # table1, systems, table2, table3, readings, choices or repaired
     profile:str,    # a row of `PROFILES`
@@ -565,7 +566,7 @@ def plan(
     seeds = tables[table].seeds(profile) if seeds is None and hasattr(tables[table], "seeds") else profile_of(profile).seeds if seeds is None else seeds
     return {label: [run(s) for s in seeds] for label,run in tables[table](profile).items()}
 
-# %% ../nbs/71_runs.ipynb #71-runs-45
+# %% ../nbs/71_runs.ipynb #71-runs-47
 def agreement(
     runs:list,    # finished runs
     other:Path,   # another store of runs, `reports/runs` of somebody else
