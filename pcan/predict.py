@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from .augment import prepare
 from .checkpoint import Opened, open_checkpoint
-from .data import Clip, _best_person, _brief, open_video, _scores, _wrong, item, person_frames, person_keypoint, sampled
+from .data import Clip, _best_person, _brief, _scores, _wrong, item, open_video, person_frames, person_keypoint, sampled
 from .files import DataError, atomic, load_pickle, write_json
 from .model import fuse
 from .prototypes import cosine
