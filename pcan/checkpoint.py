@@ -89,7 +89,7 @@ def _halved(x):
     return h if (h:=x.half()).isfinite().all() or not x.isfinite().all() else x
 
 # %% ../nbs/95_checkpoint.ipynb #95-checkpoint-11
-@dataclass
+@dataclass(repr=False)
 class Opened:
     "A network ready to use."
     model:torch.nn.Module # in evaluation mode
@@ -97,6 +97,7 @@ class Opened:
     card:Card
     path:str = ""         # where it came from
 
+    def __repr__(self): return f"{self.card.system or self.run.system} ({self.card.run}), sees {' and '.join(self.sees)}"
     @property
     def tree(self): return self.run.tree
     @property

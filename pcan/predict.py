@@ -409,11 +409,12 @@ Prediction.as_dict = _as_dict
 
 # %% ../nbs/96_predict.ipynb #96-predict-40
 def cam(
-    A:torch.Tensor, # `(C,T,h,w)` feature map
-    G:torch.Tensor, # `(C,T,h,w)` slope of a logit
-)->torch.Tensor:    # `(T,h,w)`, nowhere negative
-    "Channels added up by their mean slope; what speaks against the action is left out."
-    return torch.einsum("c,cthw->thw", G.mean((1,2,3)), A).clamp(min=0)
+    A:torch.Tensor,  # `(C,T,h,w)` feature map
+    G:torch.Tensor,  # `(C,T,h,w)` slope of a logit
+    A0=0.,           # `(C,T,h,w)` the map of an empty clip
+)->torch.Tensor:     # `(T,h,w)`, nowhere negative
+    "What each place adds to a logit; what speaks against the action is left out."
+    return (G*(A-A0)).sum(0).clamp(min=0)
 
 # %% ../nbs/96_predict.ipynb #96-predict-44
 def _stages(model, stream): # of the pathway, first to last; [] where there is none
@@ -430,15 +431,19 @@ def grad_cam(
     least:int=6,       # side of the map, from the last stage that has it; 0: the very last
 )->np.ndarray|None:    # `(T,h,w)`, largest value 1; None for a network without such a stage
     "What in the input spoke for an action, in one stream."
-    stages, maps = _stages(opened.model, stream), {}
+    stages = _stages(opened.model, stream)
     if not stages: return None
-    hooks = [s.register_forward_hook(lambda m, i, out, n=n: maps.__setitem__(n, out)) for n,s in enumerate(stages)]
-    try: z = opened.model(*(None if v is None else v.detach().requires_grad_() for v in (x, pose)))[stream].final
-    finally: [h.remove() for h in hooks]
-    A = next((maps[n] for n in reversed(maps) if min(maps[n].shape[3:])>=least), maps[0])
-    G, = torch.autograd.grad(z[0,action], A)
-    M = cam(A[0].detach().float(), G[0].float())
+    (z, maps), (_, empty) = (_heard(opened.model, stages, [None if v is None else f(v.detach()) for v in (x, pose)]) for f in (lambda v: v, torch.zeros_like))
+    n = next((n for n in reversed(range(len(maps))) if min(maps[n].shape[3:])>=least), 0)
+    G, = torch.autograd.grad(z[stream].final[0,action], maps[n])
+    M = cam(*(v[0].detach().float() for v in (maps[n], G, empty[n])))
     return (M/M.max().clamp(min=1e-12)).cpu().numpy()
+
+def _heard(model, stages, given): # outputs of a network, and the maps of its stages
+    maps = {}
+    hooks = [s.register_forward_hook(lambda m, i, out, n=n: maps.__setitem__(n, out)) for n,s in enumerate(stages)]
+    try: return model(*(None if v is None else v.requires_grad_() for v in given)), maps
+    finally: [h.remove() for h in hooks]
 
 # %% ../nbs/96_predict.ipynb #96-predict-49
 INK, PALE, RUST, DARK = "#333333", "#767676", "#8c2d04", (24, 26, 34)
