@@ -162,7 +162,7 @@ def check_clips(
 ):
     "ValueError unless both hold the same number of clips and `ratio` pose frames per RGB frame."
     if rgb.ndim != 5 or pose.ndim != 5: return # left to `check_input`, which says more
-    if len(rgb) != len(pose):
+    if rgb.shape[0] != pose.shape[0]: # `len` would fix the batch when the network is traced
         raise ValueError(f'{len(rgb)} RGB and {len(pose)} pose clips: give both streams the same batch')
     if pose.shape[2] != ratio*rgb.shape[2]:
         raise ValueError(f'{pose.shape[2]} pose frames for {rgb.shape[2]} RGB frames, expected {ratio*rgb.shape[2]}: '
