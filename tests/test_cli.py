@@ -45,7 +45,7 @@ def test_every_command_is_a_function():
     r = subprocess.run([sys.executable, "-m", "pcan.cli"], capture_output=True, text=True, timeout=300)
     assert all(f"{n[5:]}" in r.stderr for n in scripts), r.stderr
 
-@pytest.mark.parametrize("command", ["ma52", "test", "submit", "pose", "pack", "predict"])
+@pytest.mark.parametrize("command", ["ma52", "test", "submit", "pose", "pack", "predict", "export", "demo"])
 def test_help_of_the_road_to_ma52(command):
     r = subprocess.run([sys.executable, "-m", "pcan.cli", command, "--help"], capture_output=True, text=True, timeout=300)
     assert r.returncode==0 and f"usage: pcan_{command}" in r.stdout and len(r.stdout)>400
