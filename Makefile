@@ -3,7 +3,7 @@
 # make reports SYSTEMS=all   with the fourteen other systems of Table 1
 # make test                  notebooks and package in sync, notebook tests, pytest, a smoke run of every experiment
 # make verify               one cheap run of each table again, compared with the committed result; TABLES=systems chooses
-# make test-site             the committed pages in a browser (needs Chromium): console, requests, pictures, links, phone, dark, paper
+# make test-site             the committed pages and that of pcan_demo in a browser (needs Chromium): console, requests, pictures, links, phone, dark, paper
 # make pose-env             the environment of its own that pcan_pose wants (mmpose, numpy below 2): .venv-pose, 1.6 GB
 # make test-pose            poses of a short synthetic video by a real whole-body model with random weights; makes the environment if missing
 # make test-slow             every system at the paper's size, forward and backward: minutes
