@@ -7,7 +7,7 @@ __all__ = ['synth', 'train', 'said', 'report', 'validate', 'own', 'verify', 'ma5
            'export', 'demo']
 
 # %% ../nbs/74_cli.ipynb #74-cli-02
-import argparse, os, sys
+import argparse, os, re, sys
 from pathlib import Path
 from .files import DataError, data_dir, read_json, reports_dir, root
 
@@ -71,9 +71,11 @@ def train(argv=None):
 
 def said(result):
     "Print what a run reached."
+    from pcan.metrics import says_something
     print(f"{result.run.name} ({result.path}), {result.run.split}:")
+    tell = [k for k in ("body_top1", "action_top1", "action_top5", "f1_mean") if says_something(k, result.run.tree)]
     for stream,m in result.metrics[result.run.split].items():
-        print(f"  {stream:<6}" + "  ".join(f"{k} {m[k]:6.2%}" for k in ("body_top1", "action_top1", "action_top5", "f1_mean")))
+        print(f"  {stream:<6}" + "  ".join(f"{k} {m[k]:6.2%}" for k in tell))
 
 # %% ../nbs/74_cli.ipynb #74-cli-11
 @_command
@@ -129,6 +131,8 @@ def own(argv=None):
     a = p.parse_args(argv)
     from pcan.runs import profile_of
     to = data_dir()/profile_of(f"quick@{a.name}").data                       # a ValueError for a name that is none
+    if a.name.lower() in (taken:=("ma52", "synth", "cache", "paper")): raise ValueError(f"data set: found the name {a.name!r}; expected another than {', '.join(taken)}, which the project uses itself")
+    if to.is_file(): raise ValueError(f"data set: found a file at {to}; expected a new folder, or a data set made by pcan_own")
     found = check(make_dataset(a.labels, to, a.videos, a.skeletons, a.joints, a.val, a.test, a.seed, a.longest), videos=False)
     print(f"{found}\n\nnext: pcan_train {'pcan' if a.videos and a.skeletons else 'poseconv3d --stream '+('rgb' if a.videos else 'pose')} --profile quick@{a.name}, or pcan_report --profile quick@{a.name}")
     return 0 if found.ok else 1
@@ -319,18 +323,23 @@ def _predict_all(a, opened): # every video, whatever happens to the others
     import json
     from pcan.predict import predict as look, sample, save
     data = opened.run.data.removeprefix("synth/") if opened.card.synthetic else "bench"
-    out, taken, failed = a.out or (None if a.json else Path("predictions")), {}, 0
+    out, taken, failed = a.out or (None if a.json else Path("predictions")), set(), 0
     for v in (*a.video, *a.sample):
         try:
             made = look(v if isinstance(v, Path) else sample(v, data), opened, a.poses, a.stream, a.box, a.window, a.stride, progress=True)
-            stem = Path(made.film.name).stem
-            taken[stem] = taken.get(stem, 0) + 1                     # two videos of the same name get two folders
             print(json.dumps(made.as_dict(), ensure_ascii=False) if a.json else made)
             if out is None: continue
-            written = save(made, out/(stem if taken[stem]==1 else f"{stem}_{taken[stem]}"))
+            written = save(made, _folder(out, made.film.name, taken))
             if not a.json: print("\nwritten: " + ", ".join(map(str, written)) + "\n")
-        except (DataError, ValueError) as e: failed += 1; print(f"pcan_predict: {e}", file=sys.stderr)
+        except (DataError, ValueError, OSError) as e: failed += 1; print(f"pcan_predict: {e}", file=sys.stderr)
     return 2 if failed else 0
+
+def _folder(out, name, taken): # of a video's prediction, below `out`; two videos of the same name get two
+    from pcan.data import clip_name
+    stem = re.sub(r"[^\w.-]+", "-", clip_name(name)).strip(".-") or "clip"
+    found = next(f for f in (stem, *(f"{stem}_{i}" for i in range(2, 2+len(taken)))) if f not in taken)
+    taken.add(found)
+    return out/found
 
 # %% ../nbs/74_cli.ipynb #74-cli-34
 @_command

@@ -7,13 +7,13 @@ __all__ = ['Row', 'read_table', 'tree_of', 'choose_splits', 'clip_names', 'find_
            'skeletons_of', 'make_dataset', 'plot_confusion']
 
 # %% ../nbs/94_own.ipynb #94-own-02
-import csv, hashlib, os, pickle, re, shutil
+import csv, hashlib, io, os, pickle, re, shutil, unicodedata
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
-from .data import SPLITS, open_video, validate
-from .files import DataError, atomic, data_dir, load_pickle, read_json, sha256_file, write_json
+from .data import ENDINGS, SPLITS, clip_name, no_video, open_video, read_keypoints
+from .files import DataError, atomic, read_json, sha256_file, write_json
 from .skeleton import LAYOUTS, Skeleton
 from .tree import ActionTree
 
@@ -35,16 +35,22 @@ def read_table(
     if not path.is_file(): raise DataError(f"{path}: no such file; expected a CSV with a row per clip and the columns video and action")
     try: text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e: raise DataError(f"{path}: not UTF-8 ({e}); save it as CSV in UTF-8") from None
-    head = text.split("\n", 1)[0]
-    table = csv.DictReader(text.splitlines(), delimiter=max(",;\t", key=head.count))
-    columns = [c.strip().lower() for c in table.fieldnames or ()]
+    lines = text.split("\n")
+    if lines[0].lower().startswith("sep="): lines = lines[1:]                   # a spreadsheet's first line
+    table = csv.DictReader(io.StringIO("\n".join(lines), newline=""), delimiter=max(",;\t", key=lines[0].count), strict=True)
+    try: columns, cells = [c.strip().lower() for c in table.fieldnames or ()], list(table)
+    except csv.Error as e: raise DataError(f"{path}, near line {table.line_num}: {e}; expected cells without line breaks: is a quote not closed?") from None
     if lost := {"video", "action"}-set(columns): raise DataError(f"{path}: found the columns {', '.join(columns) or 'none'}; expected also {', '.join(sorted(lost))}")
-    table.fieldnames = columns
+    if twice := [c for c,k in Counter(columns).items() if k>1]: raise DataError(f"{path}: found the column {twice[0]} twice; expected every column once")
     rows, wrong = [], []
-    for i,r in enumerate(table, 2):
-        r = {k: (v or "").strip() for k,v in r.items() if k in Row.__annotations__}
-        if bad := [k for k in ("video", "action", *("body",)*("body" in columns)) if not r[k]]: wrong.append(f"row {i}: no {bad[0]}")
-        else: rows.append(Row(**r))
+    for i,cell in enumerate(cells, 2):
+        r = dict(zip(columns, cell.values())) if None not in cell else {}
+        plain = {k: " ".join((r.get(k) or "").split()) for k in Row.__annotations__ if k in columns}
+        plain["video"] = (r.get("video") or "").strip()
+        if None in cell: wrong.append(f"row {i}: more cells than columns")
+        elif any("\n" in (v or "") for v in r.values()): wrong.append(f"row {i}: a line break inside a cell (is a quote not closed?)")
+        elif bad := [k for k in ("video", "action", *("body",)*("body" in columns)) if not plain[k]]: wrong.append(f"row {i}: no {bad[0]}")
+        else: rows.append(Row(**plain))
     _refuse(path, wrong + (_odd(rows) if rows or not wrong else []))
     return rows
 
@@ -79,13 +85,14 @@ def _order(seed, names): return sorted(names, key=lambda n: hashlib.sha256(f"{se
 def _by_person(rows, shares, seed):
     n, room = Counter(r.subject for r in rows), {s: share*len(rows) for s,share in shares.items() if share}
     if len(n)<=len(room): raise DataError(f"found {len(n)} people ({', '.join(sorted(n)[:5])}); expected {len(room)+1} or more for {len(room)+1} splits: give a split column, or leave out subject")
-    who = {}
-    for p in _order(seed, n):
-        s = next((s for s in room if s not in who.values()), None) or next((s for s,left in room.items() if left>=n[p]/2), "train")
-        if len(set(n)-set(who))==1 and "train" not in who.values(): s = "train"
-        who[p] = s
-        if s in room: room[s] -= n[p]
-    return [who[r.subject] for r in rows]
+    left, who = _order(seed, n), {}
+    for s in room:                                                              # somebody for each split, with not too many clips
+        p = next((p for p in left if n[p]<=2*room[s]), min(left, key=n.get))
+        who[p] = s; left.remove(p); room[s] -= n[p]
+    for p in left[1:]:                                                          # and the next one to train on
+        who[p] = next((s for s in room if room[s]>=n[p]/2), "train")
+        if who[p] in room: room[who[p]] -= n[p]
+    return [who.get(r.subject, "train") for r in rows]
 
 def _by_clip(rows, shares, seed):
     at = {}
@@ -121,16 +128,11 @@ def clip_names(
     "Names without blanks, dots and underscores, numbered where two would be the same."
     seen, out = Counter(), []
     for r in rows:
-        name = re.sub(r"[\W_]+", "-", _stem(r.video)).strip("-") or "clip"
+        name = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFC", clip_name(r.video)))[:80].strip("-") or "clip"
         seen[name] += 1
         out.append(name if seen[name]==1 else f"{name}-{seen[name]}")
     if len(set(out))<len(out): return [f"{n}-{i}" for i,n in enumerate(out)]
     return out
-
-_ENDINGS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".mts", ".3gp")
-def _stem(video): # the table may spell a name with or without its ending
-    p = Path(video)
-    return p.stem if p.suffix.lower() in _ENDINGS else p.name
 
 # %% ../nbs/94_own.ipynb #94-own-21
 def find_video(
@@ -138,10 +140,13 @@ def find_video(
     video:str,   # as the table spells it
 )->Path:
     "The file a row means. A `DataError` if there is none, several, or one outside the folder."
-    path = folder/video
-    if not path.resolve().is_relative_to(folder.resolve()): raise DataError(f"{video}: found a path that leaves {folder}; expected a file below it")
-    if path.is_file(): return path
-    near = sorted(p for e in _ENDINGS for p in (Path(f"{path}{e}"), Path(f"{path}{e.upper()}")) if p.is_file())
+    path = Path(os.path.normpath(folder/(video if (folder/video).exists() else video.replace("\\", "/"))))
+    if not path.is_relative_to(os.path.normpath(folder)): raise DataError(f"{video}: found a path that leaves {folder}; expected a file below it")
+    try:
+        if path.is_file(): return path
+        same = lambda p: unicodedata.normalize("NFC", p)==unicodedata.normalize("NFC", path.name)
+        near = sorted(p for p in path.parent.iterdir() if p.suffix.lower() in ENDINGS and (same(p.stem) or same(p.name))) if path.parent.is_dir() else []
+    except OSError as e: raise DataError(f"{video[:60]}...: {e.strerror}; expected the name of a file") from None
     if len(near)!=1: raise DataError(f"{video}: found {'no such video' if not near else ' and '.join(p.name for p in near)} below {folder}; expected one, with or without its ending")
     return near[0]
 
@@ -149,23 +154,28 @@ def take_video(
     source:Path,        # any video
     to:Path,            # the mp4 that will stand there
     longest:int=1296,   # pixels; a larger frame is made smaller
-)->tuple:               # number of frames, `(h,w)` as the reader shows them
+)->tuple:               # number of frames, `(h,w)` as the reader shows them, seconds
     "Link or convert one video, whole or not at all. A `DataError` for what is no video."
     import cv2
-    try: n, read, times = open_video(str(source))
-    except Exception as e: raise DataError(f"{source}: not readable as a video ({type(e).__name__}: {str(e).strip().splitlines()[-1][:100] if str(e).strip() else 'no message'})") from None
-    h, w = read([0]).shape[1:3]
-    if to.is_file() and to.stat().st_mtime_ns>=source.stat().st_mtime_ns: return n, (h, w)
+    try:
+        n, read, times = open_video(source)
+        h, w = read([0]).shape[1:3]
+        span = times()
+    except Exception as e: raise DataError(f"{source}: {no_video(source, e)}; expected a video") from None
+    fps = (n-1)/max(span[-1]-span[0], 1e-6) if n>1 else 30
     to.parent.mkdir(parents=True, exist_ok=True)
+    mark, made = to.with_name(f".{to.name}.source"), f"{sha256_file(source)} {longest}"       # what a converted video was made from
     if source.suffix.lower()==".mp4" and max(h, w)<=longest and not _turned(source):
-        _link(source, to)
-        return n, (h, w)
+        mark.unlink(missing_ok=True); _link(source, to)
+        return n, (h, w), n/fps
+    if to.is_file() and mark.is_file() and mark.read_text()==made: return n, (h, w), n/fps
+    mark.unlink(missing_ok=True)
     small = min(1, longest/max(h, w))
     size = tuple(max(2, round(v*small/2)*2) for v in (w, h))
-    fps = (n-1)/max(times()[-1]-times()[0], 1e-6) if n>1 else 30
     frames = (cv2.resize(f, size, interpolation=cv2.INTER_AREA) for i in range(0, n, 32) for f in read(list(range(i, min(i+32, n)))))
     write_frames(to, frames, size, fps)
-    return n, (h, w)
+    with atomic(mark, "w") as f: f.write(made)
+    return n, (h, w), n/fps
 
 # %% ../nbs/94_own.ipynb #94-own-22
 def _turned(path): # does the file say that it is to be shown turned?
@@ -202,7 +212,7 @@ def layout(
     if joints in LAYOUTS: return LAYOUTS[joints]
     if not Path(joints).is_file(): raise DataError(f"joints: found {joints!r}; expected {', '.join(LAYOUTS)}, or a JSON file with joints, edges and flips")
     try: return Skeleton(**read_json(joints))
-    except (TypeError, ValueError) as e: raise DataError(f"{joints}: not a joint layout ({e}); expected joints (names), edges and flips (pairs of joint numbers)") from None
+    except (TypeError, ValueError, AttributeError) as e: raise DataError(f"{joints}: not a joint layout ({e}); expected joints (names), edges and flips (pairs of joint numbers)") from None
 
 def skeletons_of(
     files:list,        # pickles
@@ -210,23 +220,23 @@ def skeletons_of(
     skeleton:Skeleton, # their joints
 )->list:               # (keypoint (T,V,2), score (T,V), img_shape) for every row
     "The skeleton of every clip. A `DataError` lists those that are missing."
-    from pcan.data import read_keypoints
-    found = {}
-    for f in files: found |= read_keypoints(f, V=skeleton.V)
-    stems = Counter(map(_stem, (r.video for r in rows)))
+    stems, found = Counter(clip_name(r.video) for r in rows), {}
     _refuse("skeletons", [f"{s}: {n} videos of that name; expected one, since skeletons are found by name" for s,n in stems.items() if n>1])
-    key = lambda r: next((k for k in (_stem(r.video), Path(_stem(r.video)).stem) if k in found), None)   # a reader may have dropped what follows a dot
-    _refuse(", ".join(map(str, files)), [f"{r.video}: no skeleton of that name among {len(found)}" for r in rows if key(r) is None])
-    return [found[key(r)] for r in rows]
+    for f in files:
+        new = read_keypoints(f, V=skeleton.V)
+        _refuse(f, [f"{s}: also in an earlier pickle; expected one skeleton" for s in sorted(found.keys() & new.keys() & stems.keys())])
+        found |= new
+    _refuse(", ".join(map(str, files)), [f"{r.video}: no skeleton of that name among {len(found)}" for r in rows if clip_name(r.video) not in found])
+    return [found[clip_name(r.video)] for r in rows]
 
 # %% ../nbs/94_own.ipynb #94-own-28
 def _fits(row, skeleton, video): # what is wrong between a skeleton and its video, or None
-    (kp, _, (h,w)), (n, (H,W)) = skeleton, video
+    (kp, _, (h,w)), (n, (H,W), _) = skeleton, video
     if abs(len(kp)-n)>2: return f"{row.video}: {n} frames and a skeleton of {len(kp)}; expected the same number"
     if abs(np.log((w/h)/(W/H)))>.05: return f"{row.video}: frames of {W} × {H} and a skeleton in frames of {w} × {h}; expected the same shape (is one of them turned?)"
 
 def _nobody(video, V): # a skeleton for clips that have none: the crop is then the whole frame
-    n, (h,w) = video
+    n, (h,w), _ = video
     return np.zeros((n,V,2), np.float32), np.zeros((n,V), np.float32), (h,w)
 
 def _entry(name, label, skeleton): # of a pickle, as MA-52's
@@ -248,35 +258,60 @@ def make_dataset(
     from tqdm import tqdm
     rows, to = read_table(labels), Path(to)
     if videos is None and not skeletons: raise DataError("found neither videos nor skeletons; expected a folder of videos, pickles of skeletons (`pcan_pose` makes them), or both")
-    if to.exists() and any(to.iterdir()) and not (to/"dataset.json").is_file(): raise DataError(f"{to}: found other files there; expected a new folder, or a data set made by pcan_own")
+    if to.exists() and any(to.iterdir()) and not any((to/f).is_file() for f in ("dataset.json", ".own")): raise DataError(f"{to}: found other files there; expected a new folder, or a data set made by pcan_own")
     tree, skeleton, names, splits = tree_of(rows), layout(joints), clip_names(rows), choose_splits(rows, val, test, seed)
     people = skeletons_of(skeletons, rows, skeleton) if skeletons else None
-    films = {} if videos is None else {r.video: find_video(Path(videos), r.video) for r in rows}
-    for f in to.glob("annotations/*_list_videos.txt"): f.unlink()              # until it is whole again
-    write_json(to/"dataset.json", dict(bodies=tree.bodies, actions=tree.actions, parents=tree.parents, skeleton=joints if joints in LAYOUTS else asdict(skeleton),
-                                       videos=videos is not None, skeletons=bool(skeletons)))
+    films = {} if videos is None else _files_of(rows, Path(videos), labels)
+    with atomic(to/".own", "w") as f: f.write("begun by pcan_own\n")             # so that it may go on here
     jobs = tqdm(list(zip(rows, names, splits)), desc="videos", mininterval=1, disable=not (progress and films))
-    seen = [take_video(films[r.video], to/"raw_videos"/s/f"{n}.mp4", longest) for r,n,s in jobs] if films else None
-    if seen and people: _refuse(labels, [x for r,p,v in zip(rows, people, seen) if (x:=_fits(r, p, v))])
+    seen = _each([(lambda r=r, n=n, s=s: take_video(films[r.video], to/"raw_videos"/s/f"{n}.mp4", longest)) for r,n,s in jobs], labels) if films else [(None, None, None)]*len(rows)
+    if films and people: _refuse(labels, [x for r,p,v in zip(rows, people, seen) if (x:=_fits(r, p, v))])
     if not people: people = [_nobody(v, skeleton.V) for v in seen]
-    _write(to, rows, names, splits, tree, people, films)
+    said = dict(bodies=tree.bodies, actions=tree.actions, parents=tree.parents, skeleton=joints if joints in LAYOUTS else asdict(skeleton), videos=bool(films), skeletons=bool(skeletons))
+    _write(to, said, [_Clip(n, r, s, p, v[2], films.get(r.video)) for n,r,s,p,v in zip(names, rows, splits, people, seen)])
     return to
 
+def _each(jobs, path): # results of functions; a DataError with what all of them complain about
+    out, wrong = [], []
+    for f in jobs:
+        try: out.append(f())
+        except DataError as e: wrong.append(str(e))
+    _refuse(path, wrong)
+    return out
+
+def _files_of(rows, folder, path): # video as the table spells it -> file
+    if not folder.is_dir(): raise DataError(f"{folder}: no such folder; expected the videos of {path}")
+    films = dict(zip([r.video for r in rows], _each([lambda r=r: find_video(folder, r.video) for r in rows], path)))
+    of = {}
+    for v,f in films.items(): of.setdefault(f.resolve(), []).append(v)
+    _refuse(path, [f"{' and '.join(v)}: the same file; expected every video once" for v in of.values() if len(v)>1])
+    return films
+
 # %% ../nbs/94_own.ipynb #94-own-30
-def _write(to, rows, names, splits, tree, people, films): # pickles, then the table of clips, then lists
-    of = lambda s: [i for i,t in enumerate(splits) if t==s]
-    label = [tree.actions.index(r.action) for r in rows]
-    for s in SPLITS:
-        if not of(s): (to/"skeletons"/f"{s}.pkl").unlink(missing_ok=True); continue
-        with atomic(to/"skeletons"/f"{s}.pkl") as f: pickle.dump([_entry(names[i], label[i], people[i]) for i in of(s)], f, protocol=4)
-    with atomic(to/"annotations"/"label_name.txt", "w") as f: f.writelines(f"{k}\t{a}\n" for k,a in enumerate(tree.actions))
+@dataclass
+class _Clip: # all that is written of one clip
+    name:str; row:Row; split:str; skeleton:tuple; seconds:float|None; film:Path|None
+
+def _write(to, said, clips): # lists last, that of train at the very end
+    of = {s: [c for c in clips if c.split==s] for s in SPLITS}
+    label = lambda c: said["actions"].index(c.row.action)
+    for f in to.glob("annotations/*_list_videos.txt"): f.unlink()              # until it is whole again
+    write_json(to/"dataset.json", said)
+    wanted = {to/"raw_videos"/c.split/f"{c.name}.mp4" for c in clips if c.film}
+    for f in to.glob("raw_videos/*/*.mp4"):
+        if f not in wanted: f.unlink(); f.with_name(f".{f.name}.source").unlink(missing_ok=True)   # of an earlier table; the source stays where it is
+    for s,cs in of.items():
+        if not cs: (to/"skeletons"/f"{s}.pkl").unlink(missing_ok=True); continue
+        with atomic(to/"skeletons"/f"{s}.pkl") as f: pickle.dump([_entry(c.name, label(c), c.skeleton) for c in cs], f, protocol=4)
+    with atomic(to/"annotations"/"label_name.txt", "w") as f: f.writelines(f"{k}\t{a}\n" for k,a in enumerate(said["actions"]))
     with atomic(to/"annotations"/"clips.csv", "w") as f:
         w = csv.writer(f, lineterminator="\n")
-        w.writerow(("clip", "video", "action", "body", "subject", "split", "frames", "sha256"))
-        w.writerows((n, r.video, r.action, r.body, r.subject, s, len(p[0]), sha256_file(films[r.video]) if films else "") for n,r,s,p in zip(names, rows, splits, people))
-    for s in SPLITS:
-        if not of(s): continue
-        with atomic(to/"annotations"/f"{s}_list_videos.txt", "w") as f: f.writelines(f"{names[i]}.mp4 {label[i]}\n" for i in of(s))
+        w.writerow(("clip", "video", "action", "body", "subject", "split", "frames", "seconds", "sha256"))
+        w.writerows((c.name, c.row.video, c.row.action, c.row.body, c.row.subject, c.split, len(c.skeleton[0]), "" if c.seconds is None else f"{c.seconds:.3f}",
+                     sha256_file(c.film) if c.film else "") for c in clips)
+    for s,cs in reversed(of.items()):
+        if not cs: continue
+        with atomic(to/"annotations"/f"{s}_list_videos.txt", "w") as f: f.writelines(f"{c.name}.mp4 {label(c)}\n" for c in cs)
 
 # %% ../nbs/94_own.ipynb #94-own-42
 def plot_confusion(

@@ -9,12 +9,13 @@ __all__ = ['SCHEMA', 'INK', 'PALE', 'RUST', 'DARK', 'GLOW', 'Film', 'open_film',
 
 # %% ../nbs/96_predict.ipynb #96-predict-02
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
 import numpy as np
 import torch
 from .augment import prepare
 from .checkpoint import Opened, open_checkpoint
-from .data import Clip, _best_person, _brief, _scores, _wrong, item, open_video, person_frames, person_keypoint, sampled
+from .data import _AGAIN, Clip, _best_person, _brief, _scores, _wrong, clip_name, item, no_video, open_video, person_frames, person_keypoint, sampled
 from .files import DataError, atomic, load_pickle, write_json
 from .model import fuse
 from .prototypes import cosine
@@ -41,16 +42,6 @@ class Film:
     def seconds(self)->float: return float(self.times[-1]-self.times[0]) + 1/self.fps
 
 # %% ../nbs/96_predict.ipynb #96-predict-06
-def _why(path): # what a file that is no video is
-    try:
-        import av
-        with av.open(str(path)) as f: kinds = {s.type for s in f.streams}
-    except Exception: return "not a video: no decoder knows this format. Convert it, for example to mp4 with H.264"
-    if "video" not in kinds: return f"found {', '.join(sorted(kinds)) or 'no stream'} only; expected a video"
-    return f"no frame of it can be decoded; {_AGAIN}"
-
-_AGAIN = "record, download or convert it again"
-
 def open_film(path:str|Path)->Film:
     "Open a video. A `DataError` says what is wrong with it."
     path = Path(path)
@@ -58,7 +49,7 @@ def open_film(path:str|Path)->Film:
     try:
         n, read, when = open_video(str(path))
         size, times = read([0]).shape[1:3], np.asarray(when(), float)
-    except Exception: raise DataError(f"{path}: {_why(path)}") from None
+    except Exception as e: raise DataError(f"{path}: {no_video(path, e)}") from None
     if n>1 and not (np.isfinite(times).all() and (np.diff(times)>0).all()): times = np.arange(n)/30   # a container without usable times
     def frames(i):
         try: return read(i)
@@ -88,12 +79,12 @@ def read_people(
     skeleton,       # of the network: `joints` it knows
 )->People:
     "One video's joints. A `DataError` if they are not there or of another skeleton."
-    raw, V, stem = load_pickle(path), skeleton.V, Path(name).stem
+    raw, V, stem = load_pickle(path), skeleton.V, clip_name(name)
     rows = raw.get("annotations", [raw]) if isinstance(raw, dict) else raw
     if not isinstance(rows, (list,tuple)) or not all(isinstance(r, dict) for r in rows) or not rows:
         found = f"a list of {type(rows[0]).__name__}" if isinstance(rows, (list,tuple)) and rows else "no entry" if isinstance(rows, (list,tuple)) else type(rows).__name__
         raise DataError(f"{path}: found {found}; expected dicts with joints, as `pcan_pose` writes them")
-    named = {Path(str(r.get("frame_dir") or r.get("filename") or name)).stem: r for r in rows}
+    named = {clip_name(r.get("frame_dir") or r.get("filename") or name): r for r in rows}
     if len(named)>1 and stem not in named:
         raise DataError(f"{path}: found joints of {len(named):,} videos ({', '.join(list(named)[:3])} ...), none of {stem}; expected one of this name")
     found = stem if stem in named else next(iter(named))
@@ -113,7 +104,7 @@ def _fit(film, p): # People as long as the film, notes; a DataError if they are 
     if abs(np.log((h/w)/(H/W)))>.03:
         raise DataError(f"{film.name} has frames of {W} × {H} and {p.where} joints found in frames of {w} × {h}; "
                         f"expected the same shape (is one of them turned?). {_POSE}")
-    if p.name!=Path(film.name).stem: notes.append(f"the joints say they are of {p.name!r}")
+    if p.name!=clip_name(film.name): notes.append(f"the joints say they are of {p.name!r}")
     if p.persons>1: notes.append(f"{p.persons} people in the joints: the one with the best mean score is looked at")
     m = min(n, T)
     return replace(p, keypoint=p.keypoint[:m], score=p.score[:m]), notes
@@ -289,6 +280,8 @@ def _found(video, opened, keypoints, stream): # Film, People or None, notes
     people, beside = keypoints if keypoints is not None else film.people, film.path and film.path.with_suffix(".pkl")
     if people is None and "pose" in opened.sees and beside and beside.is_file(): people = beside
     if people is None: return film, None, []
+    if isinstance(people, People) and people.keypoint.shape[1]!=opened.skeleton.V:
+        raise DataError(f"{film.name}: found {people.keypoint.shape[1]} joints; this network knows {opened.skeleton.V}, so a drawn clip is nothing for it")
     return film, *_fit(film, people if isinstance(people, People) else read_people(people, film.name, opened.skeleton))
 
 # %% ../nbs/96_predict.ipynb #96-predict-28
@@ -462,6 +455,13 @@ def _over(frames, maps): # `(n,S,S,3)` uint8, `(n,h,w)` 0..1 -> the frames, grey
         out.append(grey*(1-.8*m) + 255*glow(m[...,0])[...,:3]*.8*m)
     return np.stack(out).clip(0, 255).astype(np.uint8)
 
+def _plain(draw): # a name such as `$1_$2.mp4` is no formula
+    @wraps(draw)
+    def drawn(*args):
+        from matplotlib import rc_context
+        with rc_context({"text.parse_math": False}): return draw(*args)
+    return drawn
+
 # %% ../nbs/96_predict.ipynb #96-predict-50
 def _spread(n, k): return np.unique(np.linspace(0, n-1, min(n, k)).round().astype(int))
 
@@ -480,7 +480,7 @@ def _rows(p, w, S=160, k=8): # (title, times, tiles `(n,S,S,3)`) of a contact sh
     x, pose = inputs(o, f, p.people, a, w.last+1, p.box, p.absent)
     at = {s: n[0] for s,n in zip(("rgb", "pose"), sampled(spec, w.last+1-a)) if s in o.sees and s not in p.absent}
     few = {s: _spread(len(n), k) for s,n in at.items()}              # of the frames a stream looks at, those that are shown
-    when = lambda s: [f.times[a+i]-w.start for i in at[s][few[s]]]
+    when = lambda s: [f.times[a+i] for i in at[s][few[s]]]
     look = {s: m[few[s]] for s in at if p.stream in (s, "fused") and (m:=grad_cam(o, x, pose, s, action)) is not None}
     kp = person_keypoint(clip, big, box) if p.people else None
     bones = lambda frames, s: np.stack([_draw_joints(t, kp[i], o.skeleton) for t,i in zip(frames, at[s][few[s]])]) if p.people else frames
@@ -496,6 +496,7 @@ def _rows(p, w, S=160, k=8): # (title, times, tiles `(n,S,S,3)`) of a contact sh
     if "pose" in look: yield "what spoke for it:\nPose stream", when("pose"), bones(_over(night, look["pose"]), "pose")
 
 # %% ../nbs/96_predict.ipynb #96-predict-51
+@_plain
 def contact_sheet(
     p:Prediction,
     w:Window=None, # which window; None: the most confident
@@ -580,6 +581,7 @@ def png(fig, small:bool=True)->bytes:
     return palette(b.getvalue()) if small else b.getvalue()
 
 # %% ../nbs/96_predict.ipynb #96-predict-56
+@_plain
 def timeline(p:Prediction): # a matplotlib `Figure`
     "What happens when."
     from matplotlib.colors import to_rgb

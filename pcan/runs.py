@@ -20,7 +20,7 @@ from typing import get_args
 import numpy as np
 import torch
 from .augment import ClipSpec, prepare
-from .data import Clips, declared, has_split, inputs, loader, manifest_sha, people, video
+from .data import Clips, check_same, declared, has_own_test, inputs, loader, manifest_sha, people, video
 from .files import DataError, atomic, data_dir, read_json, reports_dir, root, sha256_json, write_json
 from .metrics import evaluate
 from .model import GROUPS, READINGS, STREAMS, Method, best_child, flip, fuse
@@ -68,8 +68,9 @@ def profile_of(
     scale, at, data = name.partition("@")
     if scale not in PROFILES: raise ValueError(f"profile: found {name!r}, expected one of {', '.join(PROFILES)}, or one of them with @ and a folder below data/")
     if not at: return PROFILES[scale]
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", data): raise ValueError(f"profile: found the data set {data!r}, expected a folder below data/: letters, digits, - and _")
-    return replace(PROFILES[scale], name=name, data=data, score_on="test" if has_split(data_dir()/data, "test") else "val")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", data, re.ASCII):
+        raise ValueError(f"data set: found the name {data!r}; expected a folder below data/ that begins with a letter or digit and goes on with letters, digits, dots, - and _")
+    return replace(PROFILES[scale], name=name, data=data, score_on="test" if has_own_test(data_dir()/data) else "val")
 
 # %% ../nbs/71_runs.ipynb #71-runs-08
 RECIPE = 2   # raise when a change of code, or of a default, changes what a run with the same fields computes
@@ -160,7 +161,7 @@ def belongs(p:Profile, clip:ClipSpec)->tuple: # `ActionTree`, `Skeleton`
     there = inputs(data_dir()/p.data)
     lack = [s for s,n in (("rgb", clip.rgb_frames), ("pose", clip.pose_frames)) if n and s not in there]
     if lack: raise DataError(f"data/{p.data}: found no {dict(rgb='videos', pose='skeletons')[lack[0]]}, which this system looks at; expected one that does without: "
-                             + ("stream='pose', stgcn, 2sagcn or ctrgcn" if there==("pose",) else "stream='rgb', or a system on frames such as tsm or slowfast"))
+                             + ("stream='pose' (--stream pose), stgcn, 2sagcn or ctrgcn" if there==("pose",) else "stream='rgb' (--stream rgb), or a system on frames such as tsm or slowfast"))
     return declared(data_dir()/p.data)
 
 def check_asked(system, reading, stream, start, net, changes):
@@ -245,6 +246,7 @@ def data_root(run:Run)->Path: return data_dir()/run.data
 
 def clips_of(run:Run, split:str, train:bool=False)->Clips:
     "One split of a run's data, as its items."
+    check_same(run, data_root(run))
     source = video
     if run.data.startswith("synth/") and not has_video():
         from pcan.synth import drawn
@@ -517,7 +519,7 @@ def alone(
     run = make(system, profile, seed, stream="pose", start="single", **changes)
     if profile_of(profile).scale!="bench": return run
     optim = lambda d: replace(run.optim, lr=d["lr"], epochs=d["epochs"])
-    return replace(run, net=LONG["net"], clip=replace(run.clip, pose_frames=LONG["pose_frames"]), optim=optim(LONG), first=optim(LONG["first"]))
+    return replace(run, net=replace(LONG["net"], pose=replace(LONG["net"].pose, in_channels=run.clip.skeleton.V)), clip=replace(run.clip, pose_frames=LONG["pose_frames"]), optim=optim(LONG), first=optim(LONG["first"]))
 
 def readings(profile):
     "PoseConv3D, both readings, and the released one with one group of fields set to the paper's."

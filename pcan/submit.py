@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
-from .data import SPLITS, Clips, cache_path, read_list
+from .data import SPLITS, Clips, cache_path, check_same, read_list
 from .files import DataError, atomic, data_dir, load_pickle, read_json, reports_dir
 from .metrics import evaluate
 from .model import best_child
@@ -116,7 +116,10 @@ def find(
 def data_of(source:str|Path, split:str="test")->Path: # a data set's folder
     "What a system was tested on: a run says so, anything else is about MA-52."
     config = find(source, split).parent/"config.json"
-    return data_dir()/(read_json(config)["data"] if config.is_file() else "ma52")
+    if not config.is_file(): return data_dir()/"ma52"
+    run = from_dict(Run, read_json(config))
+    if run.tree!=MA52: raise DataError(f"{config.parent}: found a run on data/{run.data} with classes of its own; expected MA-52's: Codabench scores nothing else")
+    return data_dir()/run.data
 
 def read_scores(
     source:str|Path,    # a run's name or folder, scores_*.npz, or a pickle
@@ -138,6 +141,7 @@ def _from_npz(file, clips, stream):
     streams = [k[:-7] for k in s if k.endswith("_action")]
     if not streams or "name" not in s: raise DataError(f"found {', '.join(s)}; expected name and <stream>_action")
     if stream not in (*streams, "fused"): raise DataError(f"found streams {', '.join(streams)}; expected {stream!r} among them, or fused")
+    if (K:=s[f"{streams[0]}_action"].shape[1])!=MA52.K_A: raise DataError(f"found {K} actions; expected MA-52's {MA52.K_A}: Codabench scores nothing else")
     at = {str(n): i for i,n in enumerate(s["name"])}
     lost, more = [n for n in clips.name if n not in at], set(at)-set(clips.name)
     if lost or more: raise DataError(f"found {len(at):,} clips, {len(lost):,} of {clips.path} missing{_first(lost)}, {len(more):,} not in it{_first(more)}; expected its {len(clips.name):,}")
@@ -287,6 +291,7 @@ def test_model(
 )->dict:                 # `name`, `y_a` (-1 hidden), `<stream>_action`, `<stream>_body`, as `runs.score`
     "Score every clip of a split. Crops are taken from the cache if it is there, else decoded."
     from pcan.train import laid_out, make_accelerator
+    check_same(run, data)
     accelerator = make_accelerator()
     cached = run.clip.cache and (cache_path(data, split, run.clip)/"index.json").is_file()
     spec = replace(run.clip, cache=cached)
