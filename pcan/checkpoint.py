@@ -32,7 +32,6 @@ class Card:
     data:str = ""             # data set it was trained on
     data_sha:str = ""         # its fingerprint
     synthetic:bool = False    # drawn figures, no people
-    smoke:bool = False        # one epoch, to see that the code runs
     clips:tuple = ()          # training clips per action
     seconds:float|None = None # length of a training clip
     metrics:dict = field(default_factory=dict)  # split -> stream -> metric -> value
@@ -41,6 +40,7 @@ class Card:
     commit:str = ""           # of the code that trained it
     versions:dict = field(default_factory=dict) # of python, torch, ...
     note:str = ""             # anything else
+    smoke:bool = False        # one epoch, to see that the code runs
 
     @property
     def label(self)->str: return "; ".join([SMOKE]*self.smoke + [WARNING]*self.synthetic)
@@ -54,10 +54,9 @@ def card_of(
     "The card of a finished run. A `DataError` where its results are not there."
     env, metrics = (read_json(Path(folder)/f"{n}.json") for n in ("environment", "metrics"))
     versions = {k: env[k] for k in ("pcan", "python", "torch", "numpy", "opencv") if k in env}
-    p = profile_of(run.profile)
     clips, seconds = _training_clips(run, env.get("data", ""))
-    return Card(Path(folder).resolve().name, SYSTEMS[run.system].label, run.data, env.get("data", ""), p.synthetic, p.scale=="smoke", clips, seconds, metrics,
-                 env.get("parameters", 0), env.get("recipe"), env.get("commit", ""), versions, note)
+    return Card(Path(folder).resolve().name, SYSTEMS[run.system].label, run.data, env.get("data", ""), run.data.startswith("synth/"), clips, seconds, metrics,
+                 env.get("parameters", 0), env.get("recipe"), env.get("commit", ""), versions, note, profile_of(run.profile).scale=="smoke")
 
 def _training_clips(run, sha): # clips per action, their usual length in seconds; (), None where the data set is not here or is another by now
     kind, _, name = run.data.partition("/")
@@ -70,7 +69,7 @@ def _training_clips(run, sha): # clips per action, their usual length in seconds
         except DataError: return (), None
         if here!=sha: return (), None
         y = [c.label for c in clips]
-        known = [told.get(c.name, len(c.keypoint)/30 if run.data=="ma52" else None) for c in clips]   # MA-52: 30 frames a second
+        known = [told.get(c.name, None if told else len(c.keypoint)/30) for c in clips]   # MA-52 and its like: 30 frames a second
         seconds = None if None in known else float(np.median(known))
     return tuple(np.bincount(y, minlength=run.tree.K_A).tolist()), seconds and round(seconds, 3)
 

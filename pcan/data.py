@@ -211,9 +211,9 @@ def people(
 
 def lengths(
     root:str|Path, # a data set's folder
-)->dict:           # clip name -> seconds, of clips with a video
+)->dict:           # clip name -> seconds, None without a video; {} where it does not say
     "How long the clips of a data set of your own are."
-    return {r["clip"]: float(r["seconds"]) for r in _told(root) if r.get("seconds")}
+    return {r["clip"]: float(r["seconds"]) if r.get("seconds") else None for r in _told(root)}
 
 # %% ../nbs/11_data.ipynb #11-data-34
 def video(
@@ -247,7 +247,7 @@ def no_video(
         with av.open(str(path)) as f: kinds = {s.type for s in f.streams}
     except Exception: return "not a video that any decoder here knows; convert it, for example to mp4 with H.264"
     if "video" not in kinds: return f"found {', '.join(sorted(kinds)) or 'no stream'} only, no picture"
-    return f"no frame of it can be decoded ({_brief(why)}); {_AGAIN}"
+    return f"no frame of it can be decoded ({_brief(why)}); record, download or convert it again"
 
 def open_video(
     path:str|Path,

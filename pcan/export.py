@@ -192,7 +192,7 @@ def metadata(
     tree, c, synthetic = run.tree, run.clip, card.synthetic or run.data.startswith("synth/")
     means = lambda n: _MEANING.get(n) or _of_stream(n)
     said = dict(
-        system=SYSTEMS[run.system].label, data=card.data or run.data, synthetic=synthetic, warning=WARNING if synthetic else "",
+        system=SYSTEMS[run.system].label, data=card.data or run.data, synthetic=synthetic, warning=card.label or (WARNING if synthetic else ""),
         actions=tree.actions, bodies=tree.bodies, parents=tree.parents, joints=run.clip.skeleton.joints, side=c.side, padding=c.padding,
         crop=_crop(c), sampling=sampling(c), clips=c.clips_test, example=example(run),
         tensors={n: dict(shape=s, meaning=means(n)) for n,s in (shapes or {}).items()},
@@ -352,7 +352,7 @@ def export(
         raise DataError(f"{path}: found probabilities that differ by {max(found.values()):.1e} between PyTorch and onnxruntime; "
                         f"expected at most {tolerance:g}, so nothing was written")
     with atomic(path) as f: f.write(data)
-    return Exported(Path(path), len(data), tensors, found, tolerance, WARNING if card.synthetic or run.data.startswith("synth/") else "")
+    return Exported(Path(path), len(data), tensors, found, tolerance, card.label or (WARNING if run.data.startswith("synth/") else ""))
 
 def _checked(whole, run, card, half): # bytes, shapes, largest differences
     onnx, _ = _onnx()

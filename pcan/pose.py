@@ -49,7 +49,7 @@ def read_video(path:Path)->tuple: # `Video`, function from frame numbers to `(N,
     try:
         n, read, _ = open_video(path)
         return Video(Path(path), n, read([0]).shape[1:3]), read
-    except Exception as e: raise DataError(f"{path}: {no_video(path, e)}; expected a video") from None
+    except Exception as e: raise DataError(f"{path}: {no_video(path, e)}") from None
 
 # %% ../nbs/90_pose.ipynb #90-pose-17
 def whole_frame(frames:np.ndarray)->list: # per frame `(1,5)`: x1, y1, x2, y2, score

@@ -130,7 +130,9 @@ def test_the_card_of_another_data_set(tmp_path, monkeypatch):
     tiny_set(tmp_path/"data"/"mine", encode=False)
     run = replace(runs.make("pcan", "smoke"), data="mine")
     (tmp_path/"run").mkdir()
-    for n in ("environment", "metrics"): (tmp_path/"run"/f"{n}.json").write_text("{}")
+    for n in ("environment", "metrics"): (tmp_path/"run"/f"{n}.json").write_text(json.dumps(dict(data=runs.data_identity("mine")) if n=="environment" else {}))
     c = checkpoint.card_of(run, tmp_path/"run")
-    assert c.clips[:4]==(3,2,2,0) and c.seconds==round(14/30, 3) and not c.synthetic and c.label==""
+    assert c.clips[:4]==(3,2,2,0) and c.seconds==round(14/30, 3) and not c.synthetic and checkpoint.WARNING not in c.label
+    other = json.dumps(dict(data="of another day")); (tmp_path/"run"/"environment.json").write_text(other)
+    assert checkpoint.card_of(run, tmp_path/"run").clips==(), "the data set has changed since"
     assert checkpoint.card_of(replace(run, data="elsewhere"), tmp_path/"run").clips==()

@@ -280,9 +280,9 @@ def sound(path):
     ("a.mp4", lambda p: None, "no such file"),
     ("a.mp4", lambda p: p.mkdir(), "no such file"),
     ("a.mp4", lambda p: p.write_bytes(b"hello"*100), "not a video"),
-    ("a.mp4", lambda p: p.write_bytes(b""), "not a video"),
+    ("a.mp4", lambda p: p.write_bytes(b""), "found an empty file"),
     ("a.txt", lambda p: p.write_text("talk"), "not a video"),
-    ("a.mp4", sound, "found audio only; expected a video"),
+    ("a.mp4", sound, "found audio only, no picture"),
     ("a.mp4", lambda p: p.write_bytes(talk(p.parent).read_bytes()[:900]), "not a video"),
     ("a.pkl", lambda p: p.write_bytes(b"no pickle"), "not a readable pickle"),
 ])
@@ -428,3 +428,32 @@ def test_the_schema_is_kept(opened):
     assert set(d["actions"][0])>={"id","name","body","probability","before"} and set(d["bodies"][0])>={"id","name","probability"}
     assert set(d["prototypes"]["rgb"][0])>={"id","name","cosine"} and len(d["prototypes"]["rgb"])==3
     assert set(d["windows"][0])>={"start","end","first_frame","last_frame","person","actions","bodies","prototypes"}
+
+# ---- names that do harm
+
+def test_a_name_that_leads_out_or_is_taken(tmp_path, file, opened, capsys):
+    "Every prediction gets a folder of its own, below the one that was asked for."
+    from pcan.cli import _folder
+    taken = set()
+    made = [_folder(tmp_path, n, taken).name for n in ("a/x.mp4", "b/x.mp4", "x_2.mp4", "..", "...mp4", "$1 $2.mp4", "ünï.mp4")]
+    assert made==["x", "x_2", "x_2_2", "clip", "clip_2", "1-2", "ünï"] and all(_folder(tmp_path, n, taken).parent==tmp_path for n in ("..", "/etc/passwd", "a/../../b"))
+    f = sample("waving", "smoke")
+    f.name = "$c_1$ and $x^$"
+    p = predict(f, opened)
+    assert len(save(p, tmp_path/"o"))==2, "a name is no formula"
+
+def test_one_that_fails_does_not_take_the_others_along(tmp_path, file, capsys):
+    (tmp_path/"file").write_text("in the way")
+    assert said(cli.predict, "--sample", "waving", "--sample", "nodding", "--checkpoint", file, "--out", tmp_path/"file")==2
+    assert capsys.readouterr().err.count("pcan_predict:")==2
+
+def test_a_drawn_clip_for_another_skeleton(tmp_path):
+    from pcan.skeleton import LAYOUTS
+    run = runs.make("poseconv3d", "smoke", stream="pose")
+    run = replace(run, clip=replace(run.clip, skeleton=LAYOUTS["coco17"]), net=replace(run.net, pose=replace(run.net.pose, in_channels=17)))
+    model, _ = SYSTEMS[run.system].build(run)
+    pack(run, model.eval(), SYNTH, tmp_path/"coco.safetensors")
+    with pytest.raises(DataError, match="found 28 joints; this network knows 17"): predict(sample("waving", "smoke"), tmp_path/"coco.safetensors")
+
+def test_a_smoke_run_says_so(opened):
+    assert replace(SYNTH, smoke=True).label.startswith("SMOKE") and SYNTH.label in replace(SYNTH, smoke=True).label
