@@ -504,7 +504,6 @@ def systems(profile): return {row.label: lambda s, n=n: make(n, profile, s) for 
 systems.seeds = lambda profile: (0,)
 def table2(profile): return {f"λ = {l:g}": lambda s, l=l: make("pcan", profile, s, lam=l) for l in LAMBDAS}
 def table3(profile): return {", ".join(f"{a:g}" for a in al): lambda s, al=al: make("pcan", profile, s, alpha=al) for al in ALPHAS}
-table2.seeds = table3.seeds = lambda profile: profile_of(profile).seeds[:2]
 
 # %% ../nbs/71_runs.ipynb #71-runs-42
 LONG = dict(net=TINY, pose_frames=12, epochs=20, lr=3e-3, first=dict(epochs=100, lr=1e-2))   # of the one-stream comparisons at profile bench
