@@ -329,16 +329,20 @@ def _predict_all(a, opened): # every video, whatever happens to the others
             made = look(v if isinstance(v, Path) else sample(v, data), opened, a.poses, a.stream, a.box, a.window, a.stride, progress=True)
             print(json.dumps(made.as_dict(), ensure_ascii=False) if a.json else made)
             if out is None: continue
-            written = save(made, _folder(out, made.film.name, taken))
+            written = save(made, _folder(out, made, taken))
             if not a.json: print("\nwritten: " + ", ".join(map(str, written)) + "\n")
         except (DataError, ValueError, OSError) as e: failed += 1; print(f"pcan_predict: {e}", file=sys.stderr)
     return 2 if failed else 0
 
-def _folder(out, name, taken): # of a video's prediction, below `out`; two videos of the same name get two
+def _folder(out, made, taken): # of a prediction, below `out`; another video of the same name, of this call or an earlier one, keeps its own
+    from itertools import count
     from pcan.data import clip_name
-    stem = re.sub(r"[^\w.-]+", "-", clip_name(name)).strip(".-") or "clip"
-    found = next(f for f in (stem, *(f"{stem}_{i}" for i in range(2, 2+len(taken)))) if f not in taken)
-    taken.add(found)
+    video = made.as_dict()["video"]
+    def free(name):
+        file = out/name/"prediction.json"
+        return name not in taken and (not file.is_file() or read_json(file).get("video")==video)
+    stem = re.sub(r"[^\w.-]+", "-", clip_name(made.film.name)).strip(".-") or "clip"
+    taken.add(found := next(filter(free, (stem if i==1 else f"{stem}_{i}" for i in count(1)))))
     return out/found
 
 # %% ../nbs/74_cli.ipynb #74-cli-34

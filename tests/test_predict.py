@@ -433,10 +433,14 @@ def test_the_schema_is_kept(opened):
 
 def test_a_name_that_leads_out_or_is_taken(tmp_path, file, opened, capsys):
     "Every prediction gets a folder of its own, below the one that was asked for."
+    from types import SimpleNamespace as Bag
     from pcan.cli import _folder
+    made = lambda name, n=1: Bag(film=Bag(name=name), as_dict=lambda: dict(video=dict(name=name, frames=n)))
     taken = set()
-    made = [_folder(tmp_path, n, taken).name for n in ("a/x.mp4", "b/x.mp4", "x_2.mp4", "..", "...mp4", "$1 $2.mp4", "ünï.mp4")]
-    assert made==["x", "x_2", "x_2_2", "clip", "clip_2", "1-2", "ünï"] and all(_folder(tmp_path, n, taken).parent==tmp_path for n in ("..", "/etc/passwd", "a/../../b"))
+    names = [_folder(tmp_path, made(n), taken).name for n in ("a/x.mp4", "b/x.mp4", "x_2.mp4", "..", "...mp4", "$1 $2.mp4", "ünï.mp4")]
+    assert names==["x", "x_2", "x_2_2", "clip", "clip_2", "1-2", "ünï"] and all(_folder(tmp_path, made(n), taken).parent==tmp_path for n in ("..", "/etc/passwd", "a/../../b"))
+    (tmp_path/"y").mkdir(); (tmp_path/"y"/"prediction.json").write_text(json.dumps(made("y.mp4").as_dict()))
+    assert _folder(tmp_path, made("y.mp4"), set()).name=="y" and _folder(tmp_path, made("y.mp4", 2), set()).name=="y_2", "what was said of another video stays"
     f = sample("waving", "smoke")
     f.name = "$c_1$ and $x^$"
     p = predict(f, opened)
