@@ -16,7 +16,7 @@ def _command(f):
     "Run `f(args)`; what the user can mend ends with one line and status 2."
     def main(argv=None):
         try: return f(argv) or 0
-        except (DataError, ValueError) as e: print(f"pcan_{f.__name__}: {e}", file=sys.stderr)
+        except (DataError, ValueError, OSError) as e: print(f"pcan_{f.__name__}: {e}", file=sys.stderr)
         return 2
     main.__name__, main.__doc__ = f.__name__, f.__doc__
     return main
@@ -370,11 +370,12 @@ def demo(argv=None):
     p.add_argument("--checkpoint", default=None, metavar="FILE", help="a file of pcan_pack, a run, or a checkpoint of the authors' code; the network that comes with the package by default")
     p.add_argument("--max-mb", type=float, default=200., help="largest upload")
     p.add_argument("--max-seconds", type=float, default=600., help="longest video")
+    p.add_argument("--max-wait", type=float, default=180., help="seconds that a prediction may take")
     p.add_argument("--host", default="127.0.0.1", help="another address opens the page to the network, without a password")
     p.add_argument("--open", action="store_true", help="open it in a browser")
     a = p.parse_args(argv)
     from pcan.demo import Limits, serve
-    serve(a.checkpoint, a.host, a.port, Limits(mb=a.max_mb, film_seconds=a.max_seconds), browser=a.open)
+    serve(a.checkpoint, a.host, a.port, Limits(mb=a.max_mb, film_seconds=a.max_seconds, seconds=a.max_wait), browser=a.open)
 
 # %% ../nbs/74_cli.ipynb #74-cli-37
 #| eval: false

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'ENDINGS', 'Clip', 'clip_name', 'read_list', 'read_keypoints', 'declared', 'check_same', 'inputs',
-           'has_split', 'has_own_test', 'read_split', 'people', 'lengths', 'video', 'no_video', 'open_video', 'person',
+           'has_split', 'has_own_test', 'read_split', 'people', 'lengths', 'video', 'open_video', 'no_video', 'person',
            'person_keypoint', 'person_frames', 'manifest_sha', 'cache_path', 'build_cache', 'sampled', 'item', 'Clips',
            'loader', 'Report', 'validate']
 
@@ -234,21 +234,6 @@ _AGAIN = "download or generate it again"
 def _brief(e): return f"{type(e).__name__}: {(str(e).strip().splitlines() or ['no message'])[-1][:100]}"
 
 # %% ../nbs/11_data.ipynb #11-data-36
-def no_video(
-    path:str|Path,   # a file that `open_video` refused
-    why:Exception,
-)->str:              # "found ..."
-    "What a file is that is no video."
-    if Path(path).is_dir(): return "found a folder"
-    if not Path(path).is_file(): return "no such file"
-    if not os.path.getsize(path): return "found an empty file"
-    try:
-        import av
-        with av.open(str(path)) as f: kinds = {s.type for s in f.streams}
-    except Exception: return "not a video that any decoder here knows; convert it, for example to mp4 with H.264"
-    if "video" not in kinds: return f"found {', '.join(sorted(kinds)) or 'no stream'} only, no picture"
-    return f"no frame of it can be decoded ({_brief(why)}); record, download or convert it again"
-
 def open_video(
     path:str|Path,
 )->tuple: # number of frames, function from frame numbers to `(T,H,W,3)` uint8 RGB, function that gives the second at which each frame is shown
@@ -284,7 +269,23 @@ def _reader_av(path):
         return np.stack([got[t] for t in want])
     return len(times), read, lambda: np.array([float(t*s.time_base) for t in times])
 
-# %% ../nbs/11_data.ipynb #11-data-41
+# %% ../nbs/11_data.ipynb #11-data-38
+def no_video(
+    path:str|Path,   # a file that `open_video` refused
+    why:Exception,
+)->str:              # "found ..."
+    "What a file is that is no video."
+    if Path(path).is_dir(): return "found a folder"
+    if not Path(path).is_file(): return "no such file"
+    if not os.path.getsize(path): return "found an empty file"
+    try:
+        import av
+        with av.open(str(path)) as f: kinds = {s.type for s in f.streams}
+    except Exception: return "not a video that any decoder here knows; convert it, for example to mp4 with H.264"
+    if "video" not in kinds: return f"found {', '.join(sorted(kinds)) or 'no stream'} only, no picture"
+    return f"no frame of it can be decoded ({_brief(why)}); record, download or convert it again"
+
+# %% ../nbs/11_data.ipynb #11-data-43
 def person(
     clip:Clip,
     spec:ClipSpec=ClipSpec(), # `padding`
@@ -314,7 +315,7 @@ def person_frames(
         box = np.round(box*np.array([x.shape[2]/w, x.shape[1]/h]*2)).astype(int)
     return resize(crop(x, box), (spec.side, spec.side), spec.antialias)
 
-# %% ../nbs/11_data.ipynb #11-data-44
+# %% ../nbs/11_data.ipynb #11-data-46
 def manifest_sha(root:str|Path)->str: # 64 hex digits
     "Fingerprint of a data set: what its manifest says, or else of all its lists and keypoints."
     root = Path(root)
@@ -339,7 +340,7 @@ def cache_path(root, split, spec=ClipSpec(), folder=None)->Path:
     cut = sha256_json([str(Path(root).resolve()), split, spec.side, spec.padding, spec.antialias])[:8]
     return Path(folder or data_dir()/"cache")/f"{Path(root).name}-{split}-{spec.side}px-{cut}"
 
-# %% ../nbs/11_data.ipynb #11-data-46
+# %% ../nbs/11_data.ipynb #11-data-48
 @contextmanager
 def _locked(path): # one builder at a time; the second waits and finds the work done
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -364,7 +365,7 @@ def _fill(i):
     rgb.flush()
     np.load(folder/"done.npy", mmap_mode="r+")[i] = 1                # last: an interrupted build goes on here
 
-# %% ../nbs/11_data.ipynb #11-data-47
+# %% ../nbs/11_data.ipynb #11-data-49
 def build_cache(
     root:str|Path,            # a data set's folder
     split:str,                # train, val or test
@@ -401,7 +402,7 @@ def _blank(part, plan, total): # an empty cache, nothing done
     np.save(part/"done.npy", np.zeros(len(plan["names"]), np.uint8))
     write_json(part/"index.json", plan)
 
-# %% ../nbs/11_data.ipynb #11-data-48
+# %% ../nbs/11_data.ipynb #11-data-50
 def _run_all(f, jobs, workers=None, name=None): # results of f over jobs, in order, over forked processes
     workers = min(len(os.sched_getaffinity(0)), 8) if workers is None else workers
     bar = lambda it: it
@@ -411,7 +412,7 @@ def _run_all(f, jobs, workers=None, name=None): # results of f over jobs, in ord
     if workers<2 or len(jobs)<2: return [f(j) for j in bar(jobs)]
     with pool(min(workers, len(jobs))) as p: return list(bar(p.imap(f, jobs, chunksize=4)))
 
-# %% ../nbs/11_data.ipynb #11-data-53
+# %% ../nbs/11_data.ipynb #11-data-55
 def _rng(*key): return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(key)))
 
 def sampled(
@@ -443,7 +444,7 @@ def item(
     return dict(rgb=torch.from_numpy(rgb), keypoint=torch.from_numpy(kp), crop=torch.from_numpy(box.astype(np.float32)),
                 flip=bool(rng is not None and rng.rand()<spec.flip))
 
-# %% ../nbs/11_data.ipynb #11-data-55
+# %% ../nbs/11_data.ipynb #11-data-57
 class Clips(Dataset):
     "Clips of one split as items: bytes, coordinates, and what is to be done with them."
     def __init__(self,
@@ -477,14 +478,14 @@ class Clips(Dataset):
         if self._rgb is None: self._rgb = np.load(self.cache, mmap_mode="r")
         return self._rgb[self.starts[i]+at]
 
-# %% ../nbs/11_data.ipynb #11-data-56
+# %% ../nbs/11_data.ipynb #11-data-58
 def _getitem(self, i:int)->dict:
     i = int(i)
     rng = _rng(self.seed, self.epoch, i) if self.train else None
     return item(self.keypoint[i], lambda at: self.frames(i, at), self.spec, rng) | dict(label=int(self.labels[i]), index=i)
 Clips.__getitem__ = _getitem
 
-# %% ../nbs/11_data.ipynb #11-data-62
+# %% ../nbs/11_data.ipynb #11-data-64
 class _Order(Sampler):
     def __init__(self, clips, seed, shuffle): self.clips, self.seed, self.shuffle = clips, seed, shuffle
     def __len__(self): return len(self.clips)
@@ -509,7 +510,7 @@ def loader(
                       drop_last=train and len(clips)>=batch, worker_init_fn=_one_thread,
                       pin_memory=torch.cuda.is_available(), generator=torch.Generator().manual_seed(seed))
 
-# %% ../nbs/11_data.ipynb #11-data-67
+# %% ../nbs/11_data.ipynb #11-data-69
 @dataclass
 class Report:
     "What `validate` found."
@@ -540,7 +541,7 @@ class Report:
         return "\n".join(lines)
     __repr__ = __str__
 
-# %% ../nbs/11_data.ipynb #11-data-68
+# %% ../nbs/11_data.ipynb #11-data-70
 def _broken(clip): # complaint about a video, or None
     try: video(clip, [0, len(clip.keypoint)-1])
     except DataError as e: return str(e)
@@ -559,7 +560,7 @@ def _names(path, tree): # complaints about the names of the actions; the file ma
     if len(found)!=tree.K_A: return [_said(path, f"{len(found)} names", f"{tree.K_A}")]
     return [_said(path, f"{k} {found[k]!r}", repr(tree.actions[k])) for k in wrong]
 
-# %% ../nbs/11_data.ipynb #11-data-69
+# %% ../nbs/11_data.ipynb #11-data-71
 def validate(
     root:str|Path,      # a data set's folder
     videos:bool=True,   # decode the first and last frame of every video; False: only look whether it is there

@@ -6,8 +6,8 @@
 __all__ = ['CSS', 'Limits', 'look', 'work', 'Worker', 'host_ok', 'origin_ok', 'headers', 'shown_name', 'page', 'app', 'serve']
 
 # %% ../nbs/98_demo.ipynb #98-demo-02
-import base64, ipaddress, json, os, re, secrets, subprocess, sys, tempfile, threading
-from contextlib import asynccontextmanager
+import base64, errno, ipaddress, json, os, re, secrets, subprocess, sys, tempfile, threading, traceback
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -23,11 +23,12 @@ class Limits:
     film_seconds:float = 600.  # of a video
     pixels:int = 4096*2304     # of a frame
     seconds:float = 180.       # that a prediction may take
+    upload_seconds:float = 300. # that an upload may take
     queue:int = 4              # people who may wait while one is served
 
     def __post_init__(self):
         for k,v in asdict(self).items():
-            if not v>0 and k!="queue": raise ValueError(f"{k}: found {v:g}; expected more than 0")
+            if not (v>=0 if k=="queue" else v>0): raise ValueError(f"{k}: found {v:g}; expected {'0 or more' if k=='queue' else 'more than 0'}")
 
 # %% ../nbs/98_demo.ipynb #98-demo-07
 def look(
@@ -45,6 +46,9 @@ def look(
         return dict(prediction=p.as_dict(), text=str(p), when=when if p.sliding else [],
                     pictures={n: base64.b64encode(png(draw(p))).decode() for n,draw in pictures.items()})
     except (DataError, ValueError) as e: return dict(error=_by_its_name(str(e), job))
+    except Exception as e:                                               # what nobody thought of costs this answer, not the page
+        traceback.print_exc()
+        return dict(error=f"{job.get('name') or job.get('joints_name') or 'this'}: cannot be looked at ({type(e).__name__})")
 
 def _as_it_comes(opened, job):
     there = {"rgb": bool(job.get("film")), "pose": bool(job.get("joints"))}
@@ -65,6 +69,7 @@ def _film(opened, job, limits): # a `Film`
     if not job.get("film") and not job.get("joints"): raise DataError("found no file; expected a video, and its joints if you have them")
     if job.get("film"): _check_size(job["film"], limits)
     film = open_film(job["film"]) if job.get("film") else joints_alone(job["joints"], opened.skeleton, job["joints_name"])
+    _check_pixels(*film.size, limits)
     if film.seconds>limits.film_seconds:
         raise DataError(f"found a video of {film.seconds:.0f} s; this page takes up to {limits.film_seconds:g} s. "
                         "Cut it, or start the page with --max-seconds")
@@ -73,8 +78,11 @@ def _film(opened, job, limits): # a `Film`
 def _check_size(path, limits): # of frames, as the file's header says
     try:
         import av
-        with av.open(str(path)) as f: w, h = f.streams.video[0].width, f.streams.video[0].height
+        with av.open(str(path)) as f: sizes = [(s.height, s.width) for s in f.streams.video]
     except Exception: return      # no video: `open_film` says so better
+    for size in sizes: _check_pixels(*size, limits)
+
+def _check_pixels(h, w, limits):
     if w*h>limits.pixels:
         raise DataError(f"found frames of {w} × {h}; this page takes up to {limits.pixels/1e6:.1f} million pixels. Scale the video down")
 
@@ -105,7 +113,7 @@ class Worker:
     ):
         self.command = [sys.executable, "-P", "-c", "import sys, json; from pcan.demo import work; work(*json.loads(sys.argv[1]))",
                         json.dumps([None if checkpoint is None else str(checkpoint), asdict(limits)])]
-        self.limits, self.about = limits, {}
+        self.limits, self.about, self.ended = limits, {}, False
         self.start()
 
     def start(self):
@@ -117,25 +125,39 @@ class Worker:
 
     def ask(self, job:dict)->dict: # what `look` gives, or {"error": text, "late": bool}
         "One job. Longer than `limits.seconds`, or a crash: an error, and a new process."
+        if self.process.poll() is not None and (said:=self._again()): return said        # it died between two jobs
         late, process = threading.Event(), self.process
         timer = threading.Timer(self.limits.seconds, lambda: (late.set(), process.kill()))
         timer.start()
         try: process.stdin.write(json.dumps(job)+"\n"); process.stdin.flush(); line = process.stdout.readline()
-        except OSError: line = ""
+        except (OSError, ValueError): line = ""                                          # its pipe is closed
         finally: timer.cancel()
         if line.endswith("\n") and not late.is_set(): return json.loads(line)
-        self.stop(); self.start()
-        said = (f"stopped after {self.limits.seconds:g} s, the most that one video may take. Try a shorter or smaller one" if late.is_set() else
+        said = (f"stopped after {self.limits.seconds:g} s, the most that one video may take. Try a shorter or smaller one, or start the page with --max-wait" if late.is_set() else
                 "the program that reads videos gave up on this file. Convert it, for example to mp4 with H.264")
-        return dict(error=said, late=late.is_set())
+        return self._again() or dict(error=said, late=late.is_set())
 
-    def stop(self):
-        self.process.kill(); self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            try: pipe.close()
-            except OSError: pass
+# %% ../nbs/98_demo.ipynb #98-demo-17
+def _again(self): # a new process; what to say if there is none
+    self.stop()
+    if self.ended: return dict(error="the page was closed", late=False)
+    try: self.start()
+    except DataError as e: return dict(error=f"the network could not be opened again: {e}", late=False)   # the next job tries again
 
-# %% ../nbs/98_demo.ipynb #98-demo-18
+def _end(self):
+    "No more jobs, and an end to the one that is being done."
+    self.ended = True
+    self.process.kill()
+
+def _stop(self):
+    self.process.kill(); self.process.wait()
+    for pipe in (self.process.stdin, self.process.stdout):
+        try: pipe.close()
+        except OSError: pass
+
+Worker._again, Worker.end, Worker.stop = _again, _end, _stop
+
+# %% ../nbs/98_demo.ipynb #98-demo-20
 def host_ok(
     host:str,                  # the Host header
     bound:str="127.0.0.1",     # address the page listens on
@@ -145,8 +167,8 @@ def host_ok(
         name = urlsplit(f"//{host}").hostname or ""
         if name=="localhost": return True
         address = ipaddress.ip_address(name)
+        return address.is_loopback or str(address)==bound or ipaddress.ip_address(bound).is_unspecified
     except ValueError: return False
-    return address.is_loopback or str(address)==bound or ipaddress.ip_address(bound).is_unspecified
 
 def origin_ok(headers)->bool: # of a request that wants something done
     "Does a form come from our own page? A program that is no browser says nothing of where it comes from."
@@ -154,7 +176,7 @@ def origin_ok(headers)->bool: # of a request that wants something done
     if site not in (None, "same-origin", "none"): return False
     return origin is None or origin.partition("://")[2]==headers.get("host")
 
-# %% ../nbs/98_demo.ipynb #98-demo-21
+# %% ../nbs/98_demo.ipynb #98-demo-23
 def headers(nonce:str)->dict:
     "What a browser is told with every page."
     policy = (f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; img-src data:; "
@@ -170,7 +192,7 @@ def shown_name(
     name = "".join(c if c.isprintable() and c!="$" else "_" for c in name).strip()
     return name if len(name)<=80 else f"{name[:50]}…{name[-25:]}"
 
-# %% ../nbs/98_demo.ipynb #98-demo-24
+# %% ../nbs/98_demo.ipynb #98-demo-26
 CSS = """
 :root{color-scheme:light dark;--bg:#fdfdfb;--ink:#1c2126;--soft:#56606a;--line:#d5dade;--panel:#f3f5f6;--link:#0a5a9c;--on:#fff;
  --warn-bg:#fff4d6;--warn:#5f4200;--bad-bg:#fdeae6;--bad:#8c1d18}
@@ -199,7 +221,7 @@ button:disabled{opacity:.65;cursor:progress} :focus-visible{outline:3px solid va
 .error{background:var(--bad-bg);color:var(--bad);border-color:currentColor;overflow-wrap:anywhere}
 """
 
-# %% ../nbs/98_demo.ipynb #98-demo-25
+# %% ../nbs/98_demo.ipynb #98-demo-27
 CSS += """
 .said{display:flex;flex-wrap:wrap;align-items:baseline;gap:.2rem .8rem} .said b{font-size:1.15rem}
 .chip{display:inline-block;width:.85em;height:.85em;border-radius:.2em;margin-right:.45em;vertical-align:-.05em}
@@ -222,7 +244,7 @@ pre{overflow-x:auto;font-size:.8rem;line-height:1.45} summary{cursor:pointer} fo
 @media print{.forms,.files{display:none} .label{position:static}}
 """ + "".join(f".b{i}{{background:{c};fill:{c}}} " for i,c in enumerate(BODY_COLORS))
 
-# %% ../nbs/98_demo.ipynb #98-demo-26
+# %% ../nbs/98_demo.ipynb #98-demo-28
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{{ title }}</title>
 <link rel="icon" href="data:,"><style nonce="{{ nonce }}">{{ css|safe }}</style></head><body>
@@ -242,7 +264,7 @@ and uploads are deleted as soon as they have been looked at. To keep a result, s
 <script nonce="{{ nonce }}">{{ script|safe }}</script>
 </body></html>"""
 
-# %% ../nbs/98_demo.ipynb #98-demo-27
+# %% ../nbs/98_demo.ipynb #98-demo-29
 _FORMS = """<div class="forms">
 <form method="post" action="/look" enctype="multipart/form-data" data-mb="{{ limits.mb }}"><h2>Your video</h2>
 <label for="film">Video
@@ -269,7 +291,7 @@ _FORMS = """<div class="forms">
 <div class="go"><button>Draw it and look</button><p class="status" role="status"></p></div></form>{% endif %}
 </div>"""
 
-# %% ../nbs/98_demo.ipynb #98-demo-29
+# %% ../nbs/98_demo.ipynb #98-demo-31
 _RESULT = """{% set p = result.prediction %}{% set top = p.actions[0] %}
 <article id="result" tabindex="-1"><p class="soft">{{ p.video.name }}: {{ p.video.frames }} frames, {{ "%.1f"|format(p.video.seconds) }} s</p>
 <h1><span class="chip b{{ hue[top.name] }}"></span>{{ top.name }}</h1>
@@ -286,7 +308,7 @@ _RESULT = """{% set p = result.prediction %}{% set top = p.actions[0] %}
 {%- if a.before is not none %} <span class="before">before {{ a.before|percent }}</span>{% endif %}</span></li>{% endfor %}</ul></li>{% endfor %}</ul>
 {% include "pictures" %}</article>"""
 
-# %% ../nbs/98_demo.ipynb #98-demo-30
+# %% ../nbs/98_demo.ipynb #98-demo-32
 _PICTURES = """{% if 'timeline' in result.pictures %}<h3>What happens when</h3>
 <div class="scroll" tabindex="0" role="region" aria-label="Timeline">
 <img alt="Timeline of the likeliest action and body parts; the table below says the same" src="data:image/png;base64,{{ result.pictures.timeline }}"></div>
@@ -307,7 +329,7 @@ _PICTURES = """{% if 'timeline' in result.pictures %}<h3>What happens when</h3>
 {%- endfor %}</ul>
 <details><summary>As text</summary><pre tabindex="0">{{ result.text }}</pre></details>"""
 
-# %% ../nbs/98_demo.ipynb #98-demo-31
+# %% ../nbs/98_demo.ipynb #98-demo-33
 _SCRIPT = """
 const result = document.getElementById('result'); if (result) result.focus({preventScroll: true});
 for (const form of document.forms) form.addEventListener('submit', e => {
@@ -337,7 +359,7 @@ def _bar(after, before, hue): # SVG; nothing in it comes from outside
     return Markup(f'<svg class="bar" aria-hidden="true"><rect class="track" width="100%" height="100%" rx="3"/>'
                   f'<rect class="b{int(hue)}" y="15%" width="{100*after:.2f}%" height="70%" rx="2"/>{mark}</svg>')
 
-# %% ../nbs/98_demo.ipynb #98-demo-32
+# %% ../nbs/98_demo.ipynb #98-demo-34
 def page(
     about:dict,         # of a `Worker`
     limits:Limits,
@@ -358,9 +380,10 @@ def page(
     title = f"{result['prediction']['actions'][0]['name']} – pcan" if result else "pcan"
     label = about.get("label") or "for study; not for judging people"
     more |= dict(about=about, limits=limits, result=result, error=error, chosen=chosen)
-    return _templates().get_template("page").render(title=title, label=label[:1].upper()+label[1:], nonce=nonce, css=CSS, script=_SCRIPT, **more)
+    text = _templates().get_template("page").render(title=title, label=label[:1].upper()+label[1:], nonce=nonce, css=CSS, script=_SCRIPT, **more)
+    return text.encode("utf-8", "replace").decode()      # half a character, as a hostile name may hold
 
-# %% ../nbs/98_demo.ipynb #98-demo-34
+# %% ../nbs/98_demo.ipynb #98-demo-36
 class _TooLarge(Exception): pass
 
 class _Body:
@@ -382,15 +405,16 @@ async def _form(request, body): # fields, whose files are gone afterwards; a Dat
     from starlette.exceptions import HTTPException
     from starlette.formparsers import MultiPartException
     from starlette.requests import Request
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+    kind = request.headers.get("content-type", "").lower()
+    if not kind.startswith("multipart/form-data") or "charset" in kind.replace("charset=utf-8", ""):
         raise DataError("found no form; expected that of this page")
-    try: form = await Request(request.scope, body.receive).form(max_files=2, max_fields=8)
+    try: form = await Request(request.scope, body.receive).form(max_files=2, max_fields=8, max_part_size=10_000)
     except (HTTPException, MultiPartException, KeyError, ValueError) as e:
         raise DataError(f"found a form that cannot be read ({getattr(e, 'detail', e)})") from None
     try: yield form
     finally: await form.close()
 
-# %% ../nbs/98_demo.ipynb #98-demo-35
+# %% ../nbs/98_demo.ipynb #98-demo-37
 def _job(form, folder): # what `look` wants; files are written under names of ours
     text = lambda k: form[k] if isinstance(form.get(k), str) else ""
     job = dict(sample=text("sample")[:100], stream=text("stream") if text("stream") in ("rgb", "pose", "fused") else "")
@@ -403,15 +427,20 @@ def _job(form, folder): # what `look` wants; files are written under names of ou
     return job
 
 async def _answer(state, request, body): # status, what `page` wants
+    from anyio import fail_after
     from anyio.to_thread import run_sync
-    limits = state.limits
+    from starlette.requests import ClientDisconnect
+    limits, gone = state.limits, (499, dict(error="nobody waits for it any more"))
     try:
-        async with _form(request, body) as form:
-            with tempfile.TemporaryDirectory(prefix="pcan_demo_") as folder:
-                job = await run_sync(_job, form, Path(folder))
-                async with state.one:
-                    if await request.is_disconnected(): return 499, dict(error="nobody waits for it any more")
-                    made = await run_sync(state.worker.ask, job)
+        async with AsyncExitStack() as stack:
+            with fail_after(limits.upload_seconds): form = await stack.enter_async_context(_form(request, body))
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="pcan_demo_"))
+            job = await run_sync(_job, form, Path(folder))
+            async with state.one:
+                if await request.is_disconnected(): return gone
+                made = await run_sync(state.worker.ask, job)
+    except ClientDisconnect: return gone
+    except TimeoutError: return 408, dict(error=f"the upload took longer than {limits.upload_seconds:g} s. Cut or shrink the video")
     except _TooLarge:
         await body.drain(4e6*limits.mb)
         return 413, dict(error=f"the upload is larger than {limits.mb:g} MB, the most this page takes. "
@@ -420,7 +449,7 @@ async def _answer(state, request, body): # status, what `page` wants
     if "error" in made: return 504 if made.get("late") else 422, dict(error=made["error"], chosen=job["sample"])
     return 200, dict(result=made, chosen=job["sample"])
 
-# %% ../nbs/98_demo.ipynb #98-demo-36
+# %% ../nbs/98_demo.ipynb #98-demo-38
 def app(
     checkpoint=None,         # whatever `open_checkpoint` takes as text
     limits:Limits=Limits(),
@@ -450,14 +479,14 @@ def app(
         state, body = request.app.state, _Body(request, 1e6*limits.mb+1e5)
         if state.waiting>limits.queue:
             await body.drain(4e6*limits.mb)
-            return show(request, 503, error=f"{state.waiting} videos are waiting already. Try again in a minute")
+            return show(request, 503, error=f"{state.waiting} videos are waiting or on their way. Try again in a minute")
         state.waiting += 1
         try: status, kw = await _answer(state, request, body)
         finally: state.waiting -= 1
         return show(request, status, **kw)
     return _guarded(Starlette(routes=[Route("/", home), Route("/look", asked, methods=["POST"])], lifespan=life), bound)
 
-# %% ../nbs/98_demo.ipynb #98-demo-37
+# %% ../nbs/98_demo.ipynb #98-demo-39
 def _guarded(inner, bound): # the doorkeeper in front of an application
     from starlette.datastructures import Headers
     from starlette.responses import PlainTextResponse
@@ -473,7 +502,7 @@ def _guarded(inner, bound): # the doorkeeper in front of an application
     guard.state = inner.state
     return guard
 
-# %% ../nbs/98_demo.ipynb #98-demo-38
+# %% ../nbs/98_demo.ipynb #98-demo-40
 def serve(
     checkpoint=None,          # whatever `open_checkpoint` takes as text
     host:str="127.0.0.1",     # address to listen on
@@ -488,16 +517,21 @@ def serve(
     s = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try: s.bind((host, port))
-    except OSError as e:
-        raise DataError(f"--port {port} on {host}: {e.strerror}; another program may use it, --port 0 takes any that is free") from None
+    except (OSError, OverflowError) as e:
+        taken = "; another program uses it, --port 0 takes any that is free" if getattr(e, "errno", 0)==errno.EADDRINUSE else ""
+        raise DataError(f"--host {host} --port {port}: {getattr(e, 'strerror', None) or e}{taken}") from None
+    host = s.getsockname()[0]                                # an address, whatever it was given as
     worker = Worker(checkpoint, limits)
     try:
         s.listen(64)
-        url = f"http://{f'[{host}]' if ':' in host else host}:{s.getsockname()[1]}/"
+        there = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+        url = f"http://{there}:{s.getsockname()[1]}/"
         print(f"{url} (Ctrl-C ends it)", flush=True)
         if browser: webbrowser.open(url)
         made = app(checkpoint, limits, host, worker)
-        config = uvicorn.Config(made, log_level="warning", server_header=False, proxy_headers=False, limit_concurrency=64)
-        uvicorn.Server(config).run(sockets=[s])
+        config = uvicorn.Config(made, log_level="critical", server_header=False, proxy_headers=False, limit_concurrency=64, timeout_graceful_shutdown=2)
+        class Server(uvicorn.Server):
+            def handle_exit(self, sig, frame): worker.end(); super().handle_exit(sig, frame)   # nobody waits for a job that is being done
+        Server(config).run(sockets=[s])
     except KeyboardInterrupt: pass
     finally: worker.stop(); s.close()

@@ -316,7 +316,7 @@ def difference(
     "How far a file's outputs are from the network's."
     names = [o.name for o in net.get_outputs()]
     theirs = reference(model, run, inputs)
-    return max(float(np.abs(x-theirs[n]).max()) for n,x in zip(names, net.run(names, inputs)))
+    return float(np.max([np.abs(x-theirs[n]).max() for n,x in zip(names, net.run(names, inputs))]))   # not a number, if one is not
 
 # %% ../nbs/97_export.ipynb #97-export-34
 @dataclass
@@ -345,11 +345,12 @@ def export(
     tolerance:float=None, # default: `TOLERANCE`
 )->Exported:
     "Write a network as an ONNX file, after onnxruntime gave the same probabilities. A `DataError` otherwise; then nothing is written."
+    if Path(path).is_dir(): raise DataError(f"{path}: found a folder; expected the name of a file")
     was, tolerance = model.training, TOLERANCE["float16" if half else "float32"] if tolerance is None else tolerance
     try: data, tensors, found = _checked(Whole(model.eval(), run).eval(), run, card, half)
     finally: model.train(was)
-    if not max(found.values())<=tolerance:      # not a number is not close
-        raise DataError(f"{path}: found probabilities that differ by {max(found.values()):.1e} between PyTorch and onnxruntime; "
+    if not (worst:=float(np.max(list(found.values()))))<=tolerance:      # not a number is not close
+        raise DataError(f"{path}: found probabilities that differ by {worst:.1e} between PyTorch and onnxruntime; "
                         f"expected at most {tolerance:g}, so nothing was written")
     with atomic(path) as f: f.write(data)
     return Exported(Path(path), len(data), tensors, found, tolerance, card.label or (WARNING if run.data.startswith("synth/") else ""))

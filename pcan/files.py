@@ -10,6 +10,7 @@ __all__ = ['DataError', 'root', 'data_dir', 'reports_dir', 'atomic', 'write_json
 import hashlib, json, os, pickle, tempfile
 from contextlib import contextmanager
 from pathlib import Path
+import numpy as np
 
 # %% ../nbs/00_files.ipynb #00-files-05
 class DataError(ValueError):
@@ -95,17 +96,47 @@ def pool(
     with made: yield made
 
 # %% ../nbs/00_files.ipynb #00-files-22
-_ALLOWED = {(m, n) for m in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
-            for n in ("dtype", "ndarray", "_reconstruct", "scalar", "_frombuffer")} | {("builtins", n) for n in ("set", "frozenset", "slice", "complex", "bytearray")} \
-         | {("collections", "OrderedDict"), ("_codecs", "encode")}
+def _numpy(): # what stands for numpy's names in one pickle; made anew for each, since a pickle may change the attributes of what it is given
+    class Type: # a name and a byte order, and no word on what lies where in memory
+        def __init__(self, name, *_):
+            self.real = np.dtype(name)
+            if self.real.kind not in "biufcSUO": raise pickle.UnpicklingError(f"it holds an array of {self.real}; expected numbers, texts or plain objects")
+        def __setstate__(self, state):
+            if state[1] in ("<", ">"): self.real = self.real.newbyteorder(state[1])
+
+    class Array(np.ndarray): # empty first, then filled from bytes, or from a list where it holds objects
+        def __new__(cls, *_): raise pickle.UnpicklingError("it makes an array in an unusual way")
+        def __setstate__(self, state): super().__setstate__((*state[:2], state[2].real, *state[3:]))
+
+    def scalar(kind, data=None):
+        if kind.real.kind=="O": raise pickle.UnpicklingError("it holds a lone object that calls itself a number")
+        return np.frombuffer(data, kind.real)[0]
+    return dict(dtype=Type, ndarray=Array, scalar=scalar, _reconstruct=lambda *_: np.ndarray.__new__(Array, (0,), "b"),
+                _frombuffer=lambda data, kind, shape, order: np.frombuffer(data, kind.real).reshape(shape, order=order))
+
+def _usual(x, made): # the same with numpy's own arrays and types; `made`: of `_numpy`
+    if isinstance(x, made["dtype"]): return x.real
+    if isinstance(x, made["ndarray"]):
+        x = x.view(np.ndarray)
+        for i,v in enumerate(x.flat if x.dtype==object else ()): x.flat[i] = _usual(v, made)
+        return x
+    if isinstance(x, (list, tuple, set, frozenset)): return type(x)(_usual(v, made) for v in x)
+    if isinstance(x, dict): return type(x)((_usual(k, made), _usual(v, made)) for k,v in x.items())
+    return x
+
+# %% ../nbs/00_files.ipynb #00-files-23
+_PLAIN = {("builtins", n) for n in ("set", "frozenset", "slice", "complex")} | {("collections", "OrderedDict"), ("_codecs", "encode")}
 
 class _Restricted(pickle.Unpickler):
-    def __init__(self, f, more): super().__init__(f); self.more = more
+    def __init__(self, f, more): super().__init__(f); self.more, self.numpy = more, _numpy()
     def find_class(self, module, name):
         if (module, name) in self.more: return self.more[module, name]
-        if (module, name) in _ALLOWED: return super().find_class(module, name)
+        if module.split(".")[0]=="numpy" and name in self.numpy: return self.numpy[name]
+        if (module, name) in _PLAIN: return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it wants to load {module}.{name}, which is neither a numpy array nor a plain container")
+    def load(self): return _usual(super().load(), self.numpy)
 
+# %% ../nbs/00_files.ipynb #00-files-24
 def _tensors(): # what a pickled torch tensor asks for; its bytes are read as weights only
     import io, torch
     return {("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,

@@ -150,6 +150,7 @@ def find_video(
     if len(near)!=1: raise DataError(f"{video}: found {'no such video' if not near else ' and '.join(p.name for p in near)} below {folder}; expected one, with or without its ending")
     return near[0]
 
+# %% ../nbs/94_own.ipynb #94-own-22
 def take_video(
     source:Path,        # any video
     to:Path,            # the mp4 that will stand there
@@ -177,7 +178,7 @@ def take_video(
     with atomic(mark, "w") as f: f.write(made)
     return n, (h, w), n/fps
 
-# %% ../nbs/94_own.ipynb #94-own-22
+# %% ../nbs/94_own.ipynb #94-own-23
 def _turned(path): # does the file say that it is to be shown turned?
     import av
     with av.open(str(path)) as f: return next(f.decode(video=0)).rotation!=0
@@ -204,7 +205,7 @@ def write_frames(
         for x in frames: box.mux(s.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(x), format="rgb24")))
         box.mux(s.encode())
 
-# %% ../nbs/94_own.ipynb #94-own-25
+# %% ../nbs/94_own.ipynb #94-own-26
 def layout(
     joints:str, # a name of `LAYOUTS`, or a JSON file
 )->Skeleton:
@@ -229,7 +230,7 @@ def skeletons_of(
     _refuse(", ".join(map(str, files)), [f"{r.video}: no skeleton of that name among {len(found)}" for r in rows if clip_name(r.video) not in found])
     return [found[clip_name(r.video)] for r in rows]
 
-# %% ../nbs/94_own.ipynb #94-own-28
+# %% ../nbs/94_own.ipynb #94-own-29
 def _fits(row, skeleton, video): # what is wrong between a skeleton and its video, or None
     (kp, _, (h,w)), (n, (H,W), _) = skeleton, video
     if abs(len(kp)-n)>2: return f"{row.video}: {n} frames and a skeleton of {len(kp)}; expected the same number"
@@ -243,7 +244,7 @@ def _entry(name, label, skeleton): # of a pickle, as MA-52's
     kp, score, shape = skeleton
     return dict(frame_dir=name, label=label, total_frames=len(kp), img_shape=shape, keypoint=kp[None], keypoint_score=score[None])
 
-# %% ../nbs/94_own.ipynb #94-own-29
+# %% ../nbs/94_own.ipynb #94-own-30
 def make_dataset(
     labels:str|Path,         # the table
     to:str|Path,             # the data set's folder, below `data/`
@@ -271,6 +272,7 @@ def make_dataset(
     _write(to, said, [_Clip(n, r, s, p, v[2], films.get(r.video)) for n,r,s,p,v in zip(names, rows, splits, people, seen)])
     return to
 
+# %% ../nbs/94_own.ipynb #94-own-31
 def _each(jobs, path): # results of functions; a DataError with what all of them complain about
     out, wrong = [], []
     for f in jobs:
@@ -287,7 +289,7 @@ def _files_of(rows, folder, path): # video as the table spells it -> file
     _refuse(path, [f"{' and '.join(v)}: the same file; expected every video once" for v in of.values() if len(v)>1])
     return films
 
-# %% ../nbs/94_own.ipynb #94-own-30
+# %% ../nbs/94_own.ipynb #94-own-32
 @dataclass
 class _Clip: # all that is written of one clip
     name:str; row:Row; split:str; skeleton:tuple; seconds:float|None; film:Path|None
@@ -313,7 +315,7 @@ def _write(to, said, clips): # lists last, that of train at the very end
         if not cs: continue
         with atomic(to/"annotations"/f"{s}_list_videos.txt", "w") as f: f.writelines(f"{c.name}.mp4 {label(c)}\n" for c in cs)
 
-# %% ../nbs/94_own.ipynb #94-own-42
+# %% ../nbs/94_own.ipynb #94-own-44
 def plot_confusion(
     y:np.ndarray,     # `(N,)` true action
     p:np.ndarray,     # `(N,)` predicted action

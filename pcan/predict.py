@@ -544,6 +544,7 @@ def _loud(p): # what no picture may leave out
 def _short(s, n=44): return s if len(s)<=n else s[:n//2-1]+"…"+s[-(n//2):]
 def _ink(b): return BODY_COLORS[b%len(BODY_COLORS)]
 
+# %% ../nbs/96_predict.ipynb #96-predict-53
 def _bars(fig, p, w, tall): # five actions on the left, body parts on the right
     action, before, body = p.of(w)
     tree, top = p.opened.tree, _top(action)
@@ -571,7 +572,7 @@ def _barh(ax, names, values, colors, marks=None):
     for s in ("top", "right", "bottom"): ax.spines[s].set_visible(False)
     ax.spines["left"].set_color(PALE)
 
-# %% ../nbs/96_predict.ipynb #96-predict-53
+# %% ../nbs/96_predict.ipynb #96-predict-54
 def png(fig, small:bool=True)->bytes:
     "A figure as PNG; small: in 256 colours."
     import io
@@ -580,7 +581,7 @@ def png(fig, small:bool=True)->bytes:
     FigureCanvasAgg(fig).print_png(b := io.BytesIO())
     return palette(b.getvalue()) if small else b.getvalue()
 
-# %% ../nbs/96_predict.ipynb #96-predict-56
+# %% ../nbs/96_predict.ipynb #96-predict-57
 @_plain
 def timeline(p:Prediction): # a matplotlib `Figure`
     "What happens when."
@@ -617,7 +618,7 @@ def _edges(p): # of each window the part of the time that is nearest to its midd
     cuts = np.concatenate([[0.], (mids[1:]+mids[:-1])/2, [p.film.seconds]])
     return list(zip(cuts[:-1], cuts[1:]))
 
-# %% ../nbs/96_predict.ipynb #96-predict-57
+# %% ../nbs/96_predict.ipynb #96-predict-58
 def _names(p, edges, end, wide, bar): # (x, y, name) over stretches of one best action; inches they need above the bars and to the right
     tree, stretches = p.opened.tree, []
     for (a,b),w in zip(edges, p.windows):
@@ -658,7 +659,7 @@ def _timeline_head(fig, p, tall):
     fig.text(.15/11, 1-.12/tall, _short(p.film.name)+what, fontsize=10.5, weight="bold", color=INK, va="top")
     fig.text(.15/11, 1-.36/tall, "\n".join(_loud(p)), fontsize=8, color=RUST, va="top", linespacing=1.25)
 
-# %% ../nbs/96_predict.ipynb #96-predict-60
+# %% ../nbs/96_predict.ipynb #96-predict-61
 def save(
     p:Prediction,
     folder:str|Path, # made if it is not there

@@ -113,6 +113,7 @@ def find(
     if not file.is_file(): raise DataError(f"{file}: no scores of this split; `pcan_test {source} --split {split}` makes them where the weights are")
     return file
 
+# %% ../nbs/93_submit.ipynb #93-submit-11
 def data_of(source:str|Path, split:str="test")->Path: # a data set's folder
     "What a system was tested on: a run says so, anything else is about MA-52."
     config = find(source, split).parent/"config.json"
@@ -149,7 +150,7 @@ def _from_npz(file, clips, stream):
     s = with_fused(s)
     return Scored(s[f"{stream}_action"][i].astype(np.float32), s[f"{stream}_body"][i].astype(np.float32) if classifier else None)
 
-# %% ../nbs/93_submit.ipynb #93-submit-18
+# %% ../nbs/93_submit.ipynb #93-submit-19
 def combine(
     systems:list,       # of `Scored`
     weights=None,       # one per system; equal by default
@@ -166,7 +167,7 @@ def combine(
         return Scored(action, best_child(torch.from_numpy(action), MA52).numpy(), said)
     return Scored(action, mean([s.body for s in systems]))
 
-# %% ../nbs/93_submit.ipynb #93-submit-23
+# %% ../nbs/93_submit.ipynb #93-submit-24
 HEADER = ("vid", *(f"action_pred_{i}" for i in range(1, 6)), *(f"body_pred_{i}" for i in range(1, 6)))
 
 def best(p:np.ndarray, k:int=5)->np.ndarray: # `(N,K)` -> `(N,k)` ids, best first
@@ -186,7 +187,7 @@ def write_submission(path:str|Path, clips:Listed, s:Scored):
     with atomic(path) as f, zipfile.ZipFile(f, "w", zipfile.ZIP_DEFLATED) as z:
         z.writestr(zipfile.ZipInfo("prediction.csv"), csv_text(clips, s), zipfile.ZIP_DEFLATED)
 
-# %% ../nbs/93_submit.ipynb #93-submit-26
+# %% ../nbs/93_submit.ipynb #93-submit-27
 def open_csv(path:str|Path)->tuple: # rows of cells, problems
     "`prediction.csv`, bare or in a zip."
     path, problems = Path(path), []
@@ -204,7 +205,7 @@ def open_csv(path:str|Path)->tuple: # rows of cells, problems
     try: return list(csv.reader(io.StringIO(raw.decode("utf-8-sig")))), problems
     except (UnicodeDecodeError, csv.Error) as e: raise DataError(f"{path}: not readable as CSV ({e})") from None
 
-# %% ../nbs/93_submit.ipynb #93-submit-27
+# %% ../nbs/93_submit.ipynb #93-submit-28
 def _row(cells): # (actions, bodies) or what is wrong with a row
     if len(cells)!=len(HEADER): return f"{len(cells)} columns; expected {len(HEADER)}"
     try: ids = [int(c) for c in cells[1:]]
@@ -226,7 +227,7 @@ class Checked:
             lines += [f"{len(found):,} {name}{'' if len(found)==1 else 's'}", *(f"  {x}" for x in found[:most])] + ([f"  ... and {len(found)-most:,} more"] if len(found)>most else [])
         return "\n".join(lines)
 
-# %% ../nbs/93_submit.ipynb #93-submit-28
+# %% ../nbs/93_submit.ipynb #93-submit-29
 def check(
     path:str|Path,  # prediction.csv or a zip with it
     clips:Listed,   # what it should be about
@@ -253,7 +254,7 @@ def check(
     notes = [f"{twice:,} rows name a body twice"]*(twice>0) + [f"{apart:,} of {len(rows):,} rows have a first body that is not the parent of their first action"]*(apart>0)
     return Checked(rows, problems, notes)
 
-# %% ../nbs/93_submit.ipynb #93-submit-32
+# %% ../nbs/93_submit.ipynb #93-submit-33
 METRICS = ("body_top1", "action_top1", "action_top5", "body_f1_macro", "body_f1_micro", "action_f1_macro", "action_f1_micro", "f1_mean")
 
 def score_file(found:Checked, clips:Listed)->dict: # metric -> value in [0,1]
@@ -270,7 +271,7 @@ def metrics_text(m:dict)->str: # {stream: {metric: value}}
     "The eight metrics of every stream, in percent."
     return "\n".join([f"{'':8}" + "".join(f"{k:>17}" for k in METRICS), *(f"{s:8}" + "".join(f"{100*v[k]:17.2f}" for k in METRICS) for s,v in m.items())])
 
-# %% ../nbs/93_submit.ipynb #93-submit-35
+# %% ../nbs/93_submit.ipynb #93-submit-36
 def released_run()->Run:
     "The released test recipe, as a run."
     return make("pcan", "paper", reading="released")
@@ -302,6 +303,7 @@ def keep_scores(path:str|Path, s:dict):
     "Write scores as a finished run keeps them."
     with atomic(path) as f: np.savez_compressed(f, **s)
 
+# %% ../nbs/93_submit.ipynb #93-submit-37
 def metrics_of(s:dict, tree:ActionTree=MA52)->dict: # {stream: {metric: value}}; {} where labels are hidden
     "All metrics of all streams and of their fusion."
     return measure(with_fused(s, tree), tree) if (s["y_a"]>=0).all() else {}

@@ -5,7 +5,7 @@ import nbformat
 import pytest
 
 from pcan.files import root
-from pcan.report import EXPERIMENTS, execute, executed, folder, roles
+from pcan.report import EXPERIMENTS, OWN, execute, executed, folder, roles
 from pcan.site import build, index
 
 HERE = root()/"nbs"/"experiments"
@@ -13,7 +13,7 @@ NAMES = sorted(p.stem for p in HERE.glob("*.ipynb") if not p.name.startswith("_"
 
 
 def test_all_are_listed():
-    assert NAMES==sorted(EXPERIMENTS)
+    assert NAMES==sorted([*EXPERIMENTS, *OWN])
     assert (HERE/".notest").exists(), "else nbdev_test runs them a second time"
 
 
