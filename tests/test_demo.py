@@ -188,7 +188,7 @@ def test_the_queue(worker, temporary):
         end = time.time()+20
         while page_.waiting<3: assert time.time()<end; time.sleep(.02)
         r = c.post("/look", data=dict(sample="waving"), files=dict(x=b""))
-        assert r.status_code==503 and "videos are waiting already" in said(r)
+        assert r.status_code==503 and "videos are waiting or on their way" in said(r)
         go.set()
         for t in threads: t.join(20)
         assert got==[422]*3 and fake.most==1, "one at a time"
@@ -250,3 +250,49 @@ def test_hosts_and_origins():
     assert host_ok("[::1]:80", "::1") and not host_ok("[::2]", "::1") and host_ok("10.0.0.1", "0.0.0.0") and not host_ok("name", "0.0.0.0")
     for bad in ("[", "a b", "@127.0.0.1:8000@evil.example"): assert not host_ok(bad)
     assert origin_ok({"host": "localhost"}) and not origin_ok({"host": "localhost", "origin": "http://localhost.evil"})
+
+def test_a_worker_that_died_between_two_jobs_blames_nobody(network):
+    w = Worker(network)
+    try:
+        os.kill(w.process.pid, 9); w.process.wait(10)
+        assert "prediction" in w.ask(dict(sample="waving"))
+        moved = network.with_suffix(".away"); network.rename(moved)
+        try:
+            os.kill(w.process.pid, 9); w.process.wait(10)
+            for _ in range(2): assert "could not be opened again" in w.ask(dict(sample="waving"))["error"]
+        finally: moved.rename(network)
+        assert "prediction" in w.ask(dict(sample="waving")), "and is tried again"
+        w.end()
+        assert w.ask(dict(sample="waving"))["error"]=="the page was closed"
+    finally: w.stop()
+
+def test_an_open_upload_does_not_hold_the_page(network):
+    "Somebody who never finishes an upload, or hangs up, costs no trace and no end."
+    p = subprocess.Popen([sys.executable, "-m", "pcan.cli", "demo", "--checkpoint", str(network), "--port", "0"],
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        port = int(p.stdout.readline().split()[0].rsplit(":", 1)[1].strip("/"))
+        head = (f"POST /look HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: 99999\r\n\r\n"
+                '--x\r\nContent-Disposition: form-data; name="film"; filename="a.mp4"\r\n\r\nabc').encode()
+        with socket.create_connection(("127.0.0.1", port)) as gone: gone.sendall(head)
+        with socket.create_connection(("127.0.0.1", port)) as slow:
+            slow.sendall(head); time.sleep(.5)
+            began = time.time()
+            os.killpg(p.pid, signal.SIGINT)
+            out, err = p.communicate(timeout=30)
+            assert time.time()-began<20 and not err and p.returncode==0, err
+    finally: p.kill(); p.wait(20)
+
+def test_a_large_picture_behind_a_small_one(tmp_path, network):
+    "A file with two videos is as large as its larger one."
+    import av
+    with av.open(str(tmp_path/"two.mp4"), "w") as f:
+        streams = [f.add_stream("libx264", rate=25) for _ in range(2)]
+        for s,(w,h) in zip(streams, ((64,48), (640,480))): s.width, s.height, s.pix_fmt = w, h, "yuv420p"
+        for s in streams:
+            for _ in range(3): f.mux(s.encode(av.VideoFrame.from_ndarray(np.zeros((s.height,s.width,3), np.uint8), format="rgb24")))
+            f.mux(s.encode())
+    assert "640 × 480" in look(open_checkpoint(network), dict(film=str(tmp_path/"two.mp4"), name="two.mp4"), Limits(pixels=1e4))["error"]
+
+def test_half_a_character_is_shown(worker):
+    assert "?x" in page(worker.about, Limits(), error="\ud800x")
