@@ -9,14 +9,14 @@ __all__ = ['SPLITS', 'ENDINGS', 'Clip', 'clip_name', 'read_list', 'read_keypoint
            'loader', 'Report', 'validate']
 
 # %% ../nbs/11_data.ipynb #11-data-02
-import csv, fcntl, os, shutil, numpy as np, torch
+import csv, os, shutil, numpy as np, torch
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from torch.utils.data import DataLoader, Dataset, Sampler
 from .augment import ClipSpec, compact_box, crop, random_box, resize, sample_dense, sample_uniform, to_box
-from .files import DataError, data_dir, load_pickle, pool, read_json, sha256_file, sha256_json, write_json
+from .files import DataError, data_dir, load_pickle, one_at_a_time, pool, read_json, sha256_file, sha256_json, write_json
 from .skeleton import LAYOUTS, Skeleton
 from .tree import MA52, ActionTree
 
@@ -341,13 +341,6 @@ def cache_path(root, split, spec=ClipSpec(), folder=None)->Path:
     return Path(folder or data_dir()/"cache")/f"{Path(root).name}-{split}-{spec.side}px-{cut}"
 
 # %% ../nbs/11_data.ipynb #11-data-48
-@contextmanager
-def _locked(path): # one builder at a time; the second waits and finds the work done
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(path.name+".lock"), "w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
-
 def _plan(root, split, clips, spec): # the index of a cache
     return dict(layout=1, source=_source(root, split), side=spec.side,
                 names=[c.name for c in clips], frames=[len(c.keypoint) for c in clips])
@@ -378,7 +371,7 @@ def build_cache(
     "Keep every frame of a split as a small crop. Returns at once if that is done; goes on where it was interrupted."
     clips, place = read_split(root, split), cache_path(root, split, spec, folder)
     plan, part = _plan(root, split, clips, spec), place.with_name(place.name+".part")
-    with _locked(place):
+    with one_at_a_time(place):
         if _current(place, plan): return place
         starts, total = np.cumsum([0, *plan["frames"]]), sum(plan["frames"])
         if not _current(part, plan): _blank(part, plan, total)

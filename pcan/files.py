@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DataError', 'root', 'data_dir', 'reports_dir', 'atomic', 'write_json', 'read_json', 'sha256_file', 'sha256_json',
-           'pool', 'load_pickle']
+           'one_at_a_time', 'pool', 'load_pickle']
 
 # %% ../nbs/00_files.ipynb #00-files-02
 import hashlib, json, os, pickle, tempfile
@@ -84,6 +84,19 @@ def sha256_json(obj)->str: # 64 hex digits
 
 # %% ../nbs/00_files.ipynb #00-files-19
 @contextmanager
+def one_at_a_time(
+    path:str|Path, # what is to be made: a file or a folder; the lock lies beside it
+): # nothing; the lock goes with the process, however that ends
+    "One process makes it; the next one waits and finds it done."
+    import fcntl
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(path.name+".lock"), "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+# %% ../nbs/00_files.ipynb #00-files-21
+@contextmanager
 def pool(
     workers:int,      # processes
     initializer=None, # called at the start of each
@@ -95,7 +108,7 @@ def pool(
     finally: gc.unfreeze()
     with made: yield made
 
-# %% ../nbs/00_files.ipynb #00-files-22
+# %% ../nbs/00_files.ipynb #00-files-24
 def _numpy(): # what stands for numpy's names in one pickle; made anew for each, since a pickle may change the attributes of what it is given
     class Type: # a name and a byte order, and no word on what lies where in memory
         def __init__(self, name, *_):
@@ -124,7 +137,7 @@ def _usual(x, made): # the same with numpy's own arrays and types; `made`: of `_
     if isinstance(x, dict): return type(x)((_usual(k, made), _usual(v, made)) for k,v in x.items())
     return x
 
-# %% ../nbs/00_files.ipynb #00-files-23
+# %% ../nbs/00_files.ipynb #00-files-25
 _PLAIN = {("builtins", n) for n in ("set", "frozenset", "slice", "complex")} | {("collections", "OrderedDict"), ("_codecs", "encode")}
 
 class _Restricted(pickle.Unpickler):
@@ -136,7 +149,7 @@ class _Restricted(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it wants to load {module}.{name}, which is neither a numpy array nor a plain container")
     def load(self): return _usual(super().load(), self.numpy)
 
-# %% ../nbs/00_files.ipynb #00-files-24
+# %% ../nbs/00_files.ipynb #00-files-26
 def _tensors(): # what a pickled torch tensor asks for; its bytes are read as weights only
     import io, torch
     return {("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,

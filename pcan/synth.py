@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .files import DataError, atomic, data_dir, pool, read_json, sha256_file, sha256_json, write_json
+from .files import DataError, atomic, data_dir, one_at_a_time, pool, read_json, sha256_file, sha256_json, write_json
 from .puppet import MOTIONS, act, drift, joints, mirror, rng_of, subject
 from .render import Camera, look, paint, write_mp4
 from .skeleton import FLIP_PAIRS, flip_order
@@ -296,7 +296,9 @@ def generate(
 )->dict:                 # the manifest
     "Write a data set in MA-52's files; goes on where it stopped. A `DataError` when the folder holds something else."
     spec = get_spec(spec); root = Path(root) if root else data_dir()/"synth"/spec.name
-    if complete(spec, root, video): return read_json(root/MARKS[0])
+    with one_at_a_time(root): return read_json(root/MARKS[0]) if complete(spec, root, video) else _generate(spec, root, workers, progress, video)
+
+def _generate(spec, root, workers, progress, video): # the manifest
     write_json(root/MARKS[1], manifest_of(spec))
     for name, text in list_texts(spec).items():
         with atomic(root/"annotations"/name) as f: f.write(text.encode())

@@ -152,3 +152,13 @@ def test_the_project_reader_takes_it(made):
         assert [int(r.label) for r in rows] == list(labels(TINY, split))
         c = clip(TINY, split, 0, frames=False)
         np.testing.assert_allclose(rows[0].keypoint, c.keypoint)
+
+
+def test_two_processes_make_one_set(tmp_path):
+    "On a fresh clone two runs may want the same data at the same moment: one makes it, the other waits."
+    import subprocess, sys
+    code = ("import sys; from pcan.synth import SynthSpec, generate; "
+            "print(generate(SynthSpec('small', (8,4,4), subjects=20, tail=0., frames=8, size=(64,48)), sys.argv[1], workers=1, progress=False)['sha256'])")
+    both = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path/"small")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [p.communicate(timeout=120) for p in both]
+    assert all(p.returncode==0 for p in both) and len({out for out,_ in said})==1, said
