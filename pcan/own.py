@@ -264,6 +264,7 @@ def make_dataset(
     people = skeletons_of(skeletons, rows, skeleton) if skeletons else None
     films = {} if videos is None else _files_of(rows, Path(videos), labels)
     with atomic(to/".own", "w") as f: f.write("begun by pcan_own\n")             # so that it may go on here
+    for f in to.glob("annotations/*_list_videos.txt"): f.unlink()              # videos change now: not whole until the end
     jobs = tqdm(list(zip(rows, names, splits)), desc="videos", mininterval=1, disable=not (progress and films))
     seen = _each([(lambda r=r, n=n, s=s: take_video(films[r.video], to/"raw_videos"/s/f"{n}.mp4", longest)) for r,n,s in jobs], labels) if films else [(None, None, None)]*len(rows)
     if films and people: _refuse(labels, [x for r,p,v in zip(rows, people, seen) if (x:=_fits(r, p, v))])
@@ -297,7 +298,6 @@ class _Clip: # all that is written of one clip
 def _write(to, said, clips): # lists last, that of train at the very end
     of = {s: [c for c in clips if c.split==s] for s in SPLITS}
     label = lambda c: said["actions"].index(c.row.action)
-    for f in to.glob("annotations/*_list_videos.txt"): f.unlink()              # until it is whole again
     write_json(to/"dataset.json", said)
     wanted = {to/"raw_videos"/c.split/f"{c.name}.mp4" for c in clips if c.film}
     for f in to.glob("raw_videos/*/*.mp4"):
