@@ -50,4 +50,4 @@ def shares(
     sets:Sets, # masks of one batch
 )->dict:       # name -> 0-d tensor in [0,1]
     "Share of the batch in each set; `tp_a + fn_a1 + fn_a2 + fn_a3 = 1` and `tp_b + fn_b = 1`."
-    return {k: m.any(1).float().mean() for k,m in sets._asdict().items()}
+    return dict(zip(sets._fields, torch.stack([m.any(1) for m in sets]).float().mean(1)))

@@ -232,6 +232,7 @@ def prepare(
         mean, std = (rgb.new_tensor(v, dtype=torch.float32).view(3,1,1,1) for v in (spec.mean, spec.std))
         x = _frames(rgb, box, flip, s).sub_(mean).div_(std)
         if spec.motion: x = torch.cat([x, x-x.mean(2, keepdim=True)], 1)
+        x = x.contiguous(memory_format=torch.channels_last_3d)       # once, here: the convolutions would do it forwards and backwards
     if spec.pose_frames:
         order = torch.as_tensor(flip_order(spec.skeleton.flips if spec.flip_fingers else RELEASED_FLIP_PAIRS, spec.skeleton.V), device=kp.device)
         pose = _pose(kp, box, flip, order, spec, spec.map_size(train))

@@ -24,14 +24,16 @@ def heatmaps(
     size:tuple,            # `(h,w)` of the map
     sigma:float=.7,        # standard deviation in pixels of the map
     eps:float=1e-4,        # joints with a lower score are left out
-)->torch.Tensor:           # `(B,V,T,h,w)` float32 on the keypoints' device
+)->torch.Tensor:           # `(B,V,T,h,w)` float32 on the keypoints' device, channels last in memory
     "One Gaussian per joint and frame, its peak the joint's score. Only the pixels within 3 sigma are computed."
     (B,T,V,_), (h,w) = keypoint.shape, size
-    xy = keypoint.transpose(1,2).reshape(-1,2).float()              # (B*V*T, 2), the order of the output
-    c = score.transpose(1,2).reshape(-1).float()
-    i = ((c>=eps) & xy.isfinite().all(1)).nonzero().squeeze(1)      # joints to draw
-    (x,gx), (y,gy) = _axis(xy[i,0], w, sigma), _axis(xy[i,1], h, sigma)
-    patch = c[i,None,None]*gy[:,:,None]*gx[:,None,:]                # (N,k,k)
-    at = ((i[:,None]*h + y)*w)[:,:,None] + x[:,None,:]              # where in flat memory
-    out = torch.zeros(B*V*T*h*w, device=keypoint.device)
-    return out.scatter_(0, at.view(-1), patch.view(-1)).view(B,V,T,h,w)
+    xy, c = keypoint.reshape(-1,2).float(), score.reshape(-1).float()  # (B*T*V, 2), (B*T*V,)
+    draw = (c>=eps) & xy.isfinite().all(1)
+    xy, c = torch.where(draw[:,None], xy, 0), torch.where(draw, c, 0)  # the others draw nothing, in the corner
+    (x,gx), (y,gy) = _axis(xy[:,0], w, sigma), _axis(xy[:,1], h, sigma)
+    patch = c[:,None,None]*gy[:,:,None]*gx[:,None,:]                # (B*T*V,k,k)
+    n = torch.arange(len(c), device=c.device)
+    first = n.div(V, rounding_mode="floor")*(h*w*V) + n%V           # pixel (0,0) of each map, in flat memory
+    at = (first[:,None] + y*(w*V))[:,:,None] + (x*V)[:,None,:]
+    out = torch.zeros(B*T*h*w*V, device=c.device).scatter_(0, at.view(-1), patch.view(-1))
+    return out.view(B,T,h,w,V).permute(0,4,1,2,3)

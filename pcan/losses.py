@@ -22,7 +22,7 @@ def tree_states(
     f = {"sigmoid": torch.sigmoid, "softmax": lambda z: z.softmax(1)}.get(prob)
     if f is None: raise ValueError(f"found prob={prob!r}; expected 'sigmoid' or 'softmax'")
     s_b, s_a = f(z_b.float()), f(z_a.float())
-    return torch.cat([lam*s_b, s_a + lam*s_b[:,parent]], 1)
+    return torch.cat([lam*s_b, s_a + lam*s_b.index_select(1, parent)], 1)
 
 def hierarchical_loss(
     z_b:torch.Tensor,    # `(B,K_B)` body logits
@@ -40,26 +40,27 @@ def calibrate(
     F:torch.Tensor,      # `(B,C)` features
     P:torch.Tensor,      # `(K,C)` prototypes
     q:torch.Tensor,      # `(B,K)` the classifier's probabilities
-    mask:torch.Tensor,   # `(B,K)` the set, each sample under the class k it is filed under
-    sign:float,          # -1 for an FN set (psi = 1 - cos), +1 for FP (psi = 1 + cos)
+    mask:torch.Tensor,   # `(...,B,K)` the sets, each sample under the class k it is filed under
+    sign,                # `(...,1,1)` or a number: -1 for an FN set (psi = 1 - cos), +1 for FP (psi = 1 + cos)
     tau:float=.125,      # tau, multiplies the cosine
-    target=None,         # `(B,)` class of the target column; k unless given
-    centre=None,         # `(B,)` class whose centre psi looks at; the target unless given
+    target=None,         # `(...,B)` class of the target column; k unless given
+    centre=None,         # `(...,B)` class whose centre psi looks at; the target unless given
     members:str="ambiguous", # who has a loss: the set's samples, or "all" of the batch
     penalty:str="set",   # who carries a handicap: the set's samples, or every sample of a "class" that has a centre
-    scale:float=1.,      # multiplies the logits
+    scale=1.,            # `(...,1,1)` or a number: multiplies the logits
     detach_mu:bool=True, # no gradient through the centres
-)->torch.Tensor:         # `(B,)` loss per sample
-    "Prototype cross-entropy of the samples of one set, their target column lowered by (1-q) psi (Eq. 4-7)."
-    t = (mask.int().argmax(1) if target is None else target)[:,None]    # (B,1) target column
-    k = t if centre is None else centre[:,None]                         # (B,1) class of the centre
-    mu, n = class_means(F.detach() if detach_mu else F, mask)           # (K,C), (K,1)
-    psi = 1 + sign*cosine(F, mu).gather(1, k)                           # (B,1)
-    meets = mask.any(1, keepdim=True) if penalty=="set" else (n>0)[k[:,0]]
-    handicap = (1 - q.gather(1, t))*psi*meets
-    logits = (tau*cosine(F, P)).scatter_add(1, t, -handicap)            # (B,K)
-    each = cross_entropy(scale*logits, t[:,0], reduction="none")
-    return each*mask.any(1) if members=="ambiguous" else each
+)->torch.Tensor:         # `(...,B)` loss per set and sample
+    "Prototype cross-entropy of the samples of each set, their target column lowered by (1-q) psi (Eq. 4-7)."
+    inside = mask.any(-1)                                               # (...,B)
+    t = (mask.int().argmax(-1) if target is None else target)[...,None] # (...,B,1) target column
+    k = t if centre is None else centre[...,None]                       # (...,B,1) class of the centre
+    mu, n = class_means(F.detach() if detach_mu else F, mask)           # (...,K,C), (...,K,1)
+    psi = 1 + sign*cosine(F, mu).gather(-1, k)                          # (...,B,1)
+    meets = inside[...,None] if penalty=="set" else n.gather(-2, k)>0
+    handicap = (1 - q.expand(mask.shape).gather(-1, t))*psi*meets
+    logits = (tau*cosine(F, P)).expand(mask.shape).scatter_add(-1, t, -handicap)    # (...,B,K)
+    each = cross_entropy((scale*logits).flatten(0,-2), t.flatten(), reduction="none").view(inside.shape)
+    return each*inside if members=="ambiguous" else each
 
 # %% ../nbs/40_losses.ipynb #40-losses-25
 CHOICES = dict(members=("ambiguous","all"), alpha_on=("terms","logits"), penalty=("set","class"),
@@ -74,6 +75,8 @@ def check_choice(
         if v not in choices.get(k, (v,)): raise ValueError(f"found {k}={v!r}; expected one of {choices[k]}")
 
 # %% ../nbs/40_losses.ipynb #40-losses-26
+def _column(values, like): return torch.stack([like.new_full((1,), v) for v in values])   # (S,1): filled there, since a copy from the host would wait for a GPU
+
 def calibration_loss(
     F:torch.Tensor,             # `(B,C)` features
     P:torch.Tensor,             # `(K,C)` prototypes of this level
@@ -99,12 +102,13 @@ def calibration_loss(
     q, F = z.float().softmax(1), F.float()
     if detach_q: q = q.detach()
     if detach_p: P = P.detach()
-    kw = dict(tau=tau, members=members, penalty=penalty, detach_mu=detach_mu)
-    split = lambda a: (a, 1.) if alpha_on=="terms" else (1., a)
-    each = sum(w*calibrate(F, P, q, m, -1, target=y, scale=s, **kw) for (w,s),m in zip(map(split, alpha), fn, strict=True))   # (B,)
-    cls = dict(predicted=torch.where(fp.any(1), fp.int().argmax(1), y), truth=y)
-    each = each + fp_sign*calibrate(F, P, q, fp, +1, target=cls[fp_target], centre=cls[fp_centre], **kw)
-    return each.sum()*(per_batch/len(F) if per_batch else 1.)
+    S, given = len(fn), dict(predicted=torch.where(fp.any(1), fp.int().argmax(1), y), truth=y)
+    if len(alpha)!=S: raise ValueError(f"found {S} FN sets and {len(alpha)} weights alpha; expected one weight per set")
+    over = lambda last: torch.stack([y]*S + [last])                     # (S+1,B): the FN sets, then FP
+    each = calibrate(F, P, q, torch.stack([*fn, fp]), _column((-1.,)*S + (1.,), F)[...,None], tau, over(given[fp_target]), over(given[fp_centre]),
+                     members, penalty, _column((*alpha, 1.), F)[...,None] if alpha_on=="logits" else 1., detach_mu)   # (S+1,B)
+    weight = (*(alpha if alpha_on=="terms" else (1.,)*S), fp_sign)
+    return (_column(weight, F)*each).sum()*(per_batch/len(F) if per_batch else 1.)
 
 # %% ../nbs/40_losses.ipynb #40-losses-41
 def diversity_loss(

@@ -248,9 +248,8 @@ class PCANLoss(nn.Module):
         total, log, parent = 0., {}, self.parent.to(y.device)
         for name,h in self.owners:
             terms, sets = stream_terms(outputs[name], h.P_b, h.P_a, parent[y], y, parent, h.gamma, self.method)
-            for k,v in terms.items():
-                total = total + self.weights[k]*v
-                log[f"{name}/{k}"], log[f"{name}/{k}_weight"] = v.detach(), v.detach().new_full((), self.weights[k])
+            total = total + sum(self.weights[k]*v for k,v in terms.items())
+            for k,v in terms.items(): log |= {f"{name}/{k}": v.detach(), f"{name}/{k}_weight": v.detach().new_full((), self.weights[k])}
             log |= {f"{name}/share_{k}": v for k,v in shares(sets).items()}
         return total, log
 

@@ -26,14 +26,15 @@ def no_autocast(
 ):                  # a context
     "Mixed precision off: products of float32 tensors stay float32."
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 def cosine(
-    x:torch.Tensor, # `(B,C)` features
-    y:torch.Tensor, # `(K,C)` prototypes or centres
-)->torch.Tensor:    # `(B,K)` in [-1,1], float32
+    x:torch.Tensor, # `(...,B,C)` features
+    y:torch.Tensor, # `(...,K,C)` prototypes or centres
+)->torch.Tensor:    # `(...,B,K)` in [-1,1], float32
     "Cosine similarity of every feature to every prototype; float32 whatever the inputs or the autocast mode."
-    with no_autocast(x): return unit(x) @ unit(y).T
+    with no_autocast(x): return unit(x) @ unit(y).mT
 
 # %% ../nbs/31_prototypes.ipynb #31-prototypes-11
 class SumOverProcesses(torch.autograd.Function):
@@ -46,14 +47,14 @@ class SumOverProcesses(torch.autograd.Function):
 
 def class_means(
     F:torch.Tensor,    # `(B,C)` features
-    mask:torch.Tensor, # `(B,K)` true where sample b counts for class k, or its weight there
-)->tuple:              # `(K,C)` mean features (0 for an empty class), `(K,1)` counts; over all processes
+    mask:torch.Tensor, # `(...,B,K)` true where sample b counts for class k, or its weight there; several masks at once are welcome
+)->tuple:              # `(...,K,C)` mean features (0 for an empty class), `(...,K,1)` counts; over all processes
     "Mean feature per class over the samples of a mask."
     with no_autocast(F):
-        m = mask.float()
-        sums = torch.cat([m.T @ F.float(), m.sum(0)[:,None]], 1)      # (K,C+1)
+        m = mask.float().mT                                           # (...,K,B)
+        sums = torch.cat([m @ F.float(), m.sum(-1, keepdim=True)], -1) # (...,K,C+1)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size()>1: sums = SumOverProcesses.apply(sums)
-    s, n = sums[:,:-1], sums[:,-1:].detach()
+    s, n = sums[...,:-1], sums[...,-1:].detach()
     return s/n.clamp(min=1e-6), n
 
 # %% ../nbs/31_prototypes.ipynb #31-prototypes-17

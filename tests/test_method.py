@@ -506,4 +506,24 @@ def main(folder):
     os._exit(0)                       # at once: gloo's threads now and then abort a process that takes itself apart
 
 
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_compiles_whole(reading, file):
+    "The losses are one graph without a break; compiled and plain agree, and the prototypes move the same way."
+    g, m = Batch(file, "N10"), READINGS[reading]
+    losses, total = [], []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        h = PCANHead(g.C, MA52, 1., replace(m, dropout=0.))
+        losses.append(PCANLoss({"rgb": h}, MA52, m))
+        step = lambda raw, za, zb, y, loss=losses[-1], h=h: loss({"rgb": h(raw[:,:,None])._replace(action=za, body=zb)}, y)
+        if compiled: step = torch.compile(step, fullgraph=True, backend="aot_eager")
+        total.append(step(g("raw"), g("logit_fine"), g("logit_coarse"), g("y"))[0])
+    close(*total)
+    (_, a), (_, b) = losses[0].owners[0], losses[1].owners[0]
+    torch.manual_seed(0); start = PCANHead(g.C, MA52, 1., replace(m, dropout=0.)).P_a.P
+    close(a.P_a.P, b.P_a.P); close(a.P_b.P, b.P_b.P); assert not torch.equal(a.P_a.P, start)
+
+
 if __name__=="__main__": main(sys.argv[1])
