@@ -106,7 +106,7 @@ def validate(argv=None):
     p.add_argument("folder", nargs="?", type=Path, default=None, help="data/ma52 by default")
     p.add_argument("--no-videos", action="store_true", help="only look whether the videos are there, do not open them")
     a = p.parse_args(argv)
-    from pcan.data import validate as check
+    from pcan.validation import validate as check
     found = check(a.folder or data_dir()/"ma52", videos=not a.no_videos, progress=True)
     print(found)
     return 0 if found.ok else 1
@@ -115,9 +115,9 @@ def validate(argv=None):
 @_command
 def own(argv=None):
     "Turn a table of labels, a folder of videos and pickles of skeletons into a data set below data/. The columns of the table: video, action and, where there are, body, subject, split."
-    from pcan.data import validate as check
     from pcan.own import make_dataset
     from pcan.skeleton import LAYOUTS
+    from pcan.validation import validate as check
     p = _parser("own", description=own.__doc__)
     p.add_argument("labels", type=Path, help="CSV with a row per clip")
     p.add_argument("name", help="of the data set: its folder below data/")
@@ -172,7 +172,7 @@ def ma52(argv=None):
     names = dict(n.split("=", 1) for n in a.name if "=" in n)
     if len(names)<len(a.name): raise ValueError(f"--name: found {' '.join(a.name)}; expected PART=PATTERN, as in train=videos/train.zip")
     if not download(a.to, a.keep, a.dry_run, only=a.only, repo=a.repo, skeletons_repo=a.skeletons_repo, revision=a.revision, names=names).to.is_dir(): return 0
-    from pcan.data import validate as check
+    from pcan.validation import validate as check
     print(f"\n`pcan_validate --no-videos` on {check(a.to, videos=False)}")
 
 # %% ../nbs/74_cli.ipynb #74-cli-21

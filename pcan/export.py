@@ -14,13 +14,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from .augment import prepare
 from .checkpoint import WARNING, Card
-from .data import Clip, item, person_frames, person_keypoint
+from .clips import item
+from .data import Clip
 from .files import DataError, atomic
 from .model import fuse
-from .augment import prepare
 from .skeleton import EDGES, JOINTS
 from .systems import SYSTEMS
+from .video import person_frames, person_keypoint
 
 # %% ../nbs/97_export.ipynb #97-export-05
 def dense_heatmaps(

@@ -14,9 +14,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from .data import ENDINGS, _brief, clip_name, no_video, open_video
+from .data import ENDINGS, clip_name
 from .files import DataError, atomic, root, sha256_file, sha256_json
 from .skeleton import JOINTS, draw_skeleton, from_wholebody
+from .video import brief, no_video, open_video
 
 # %% ../nbs/90_pose.ipynb #90-pose-10
 def find_videos(
@@ -41,7 +42,7 @@ def find_videos(
 class Video:
     "A video that can be read."
     path:Path
-    frames:int  # how many the reader of `pcan.data` decodes
+    frames:int  # how many the reader of `pcan.video` decodes
     size:tuple  # `(h,w)` of a decoded frame
 
 def read_video(path:Path)->tuple: # `Video`, function from frame numbers to `(N,H,W,3)` uint8 RGB
@@ -106,7 +107,7 @@ def estimate_video(
         at = range(a, min(a+batch, film.frames))
         try: frames = read(at)
         except Exception as e:
-            raise DataError(f"{path}: broken between frames {a} and {at[-1]} of {film.frames} ({_brief(e)}); "
+            raise DataError(f"{path}: broken between frames {a} and {at[-1]} of {film.frames} ({brief(e)}); "
                             "repair it or leave it out") from None
         try: boxes = best(detector(frames), people, film.size)
         except DataError as e: raise DataError(f"{path}: {e}") from None
@@ -355,7 +356,7 @@ def load_weights(
         with torch.serialization.safe_globals([np.ndarray, np.dtype, *plain, *names]):
             kept = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
-        raise DataError(f"{path}: not readable as weights ({_brief(e)}); if a download broke off, "
+        raise DataError(f"{path}: not readable as weights ({brief(e)}); if a download broke off, "
                         "delete it and try again") from None
     kept = kept.get("state_dict", kept) if isinstance(kept, dict) else {}
     kept = {k.removeprefix("module."): v for k,v in kept.items() if hasattr(v, "shape")}
@@ -377,7 +378,7 @@ def download(url:str)->Path: # in torch's own cache
     if not to.is_file():
         try: torch.hub.download_url_to_file(url, str(to))
         except OSError as e:
-            raise DataError(f"{url}: cannot be downloaded ({_brief(e)}); "
+            raise DataError(f"{url}: cannot be downloaded ({brief(e)}); "
                             "fetch it elsewhere and pass the file with --weights") from None
     return to
 
@@ -389,7 +390,7 @@ def device_of(device:str=None): # `torch.device`
     try: torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as e:
         raise DataError(f"--device: found {name!r}, "
-                        f"which torch cannot use here ({_brief(e)}); expected cpu or cuda") from None
+                        f"which torch cannot use here ({brief(e)}); expected cpu or cuda") from None
     return torch.device(name)
 
 def _build(name, weights, random): # config, its weights' file or None, settings
@@ -457,7 +458,7 @@ def mmdet_detector(
     "Boxes of people from a detector of mmdet. A `DataError` if mmdet is not installed."
     try: from mmdet.apis import inference_detector, init_detector
     except (ImportError, AssertionError) as e:
-        raise DataError(f"--detector: mmdet cannot be used here ({_brief(e)}). Give the person's box with --box x1 y1 x2 y2, "
+        raise DataError(f"--detector: mmdet cannot be used here ({brief(e)}). Give the person's box with --box x1 y1 x2 y2, "
                         "cut the videos to one person, or install mmdet and the full mmcv that it asks for into .venv-pose, "
                         "in mmcv-lite's place (mmdet's own documentation says how)") from None
     from mmpose.utils import adapt_mmdet_pipeline

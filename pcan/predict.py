@@ -15,13 +15,15 @@ import numpy as np
 import torch
 from .augment import prepare
 from .checkpoint import Opened, open_checkpoint
-from .data import _AGAIN, Clip, _best_person, _brief, _scores, _wrong, clip_name, item, no_video, open_video, person_frames, person_keypoint, sampled
+from .clips import item, sampled
+from .data import Clip, best_person, score_of, wrong_keypoints, clip_name
 from .files import DataError, atomic, load_pickle, write_json
 from .model import fuse
 from .prototypes import cosine
 from .skeleton import draw_skeleton, joint_colors
 from .slowonly import SlowOnly
 from .tree import BODY_COLORS
+from .video import AGAIN, brief, no_video, open_video, person_frames, person_keypoint
 
 # %% ../nbs/96_predict.ipynb #96-predict-05
 @dataclass
@@ -53,7 +55,7 @@ def open_film(path:str|Path)->Film:
     if n>1 and not (np.isfinite(times).all() and (np.diff(times)>0).all()): times = np.arange(n)/30   # a container without usable times
     def frames(i):
         try: return read(i)
-        except Exception as e: raise DataError(f"{path}: broken in one of its {n} frames ({_brief(e)}); {_AGAIN}") from None
+        except Exception as e: raise DataError(f"{path}: broken in one of its {n} frames ({brief(e)}); {AGAIN}") from None
     still = ("the video has one frame; the networks look at movement",) if n==1 else ()
     return Film(path.name, times-times[0], tuple(size), frames, path=path, notes=still)
 
@@ -92,8 +94,8 @@ def read_people(
     if len(shape)==4 and shape[2]!=V:
         raise DataError(f"{path}, {found}: found {shape[2]} joints; this network knows {V} ({', '.join(skeleton.joints[:3])} ...). "
                         "`pcan_pose` makes them from a video")
-    if wrong:=_wrong(row, V): raise DataError(f"{path}, {found}: found {wrong[0]}; expected {wrong[1]}")
-    return People(*_best_person(row), found, len(_scores(row)), str(path))
+    if wrong:=wrong_keypoints(row, V): raise DataError(f"{path}, {found}: found {wrong[0]}; expected {wrong[1]}")
+    return People(*best_person(row), found, len(score_of(row)), str(path))
 
 # %% ../nbs/96_predict.ipynb #96-predict-10
 def _fit(film, p): # People as long as the film, notes; a DataError if they are not of this film

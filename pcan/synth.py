@@ -318,7 +318,7 @@ def _generate(spec, root, workers, progress, video): # the manifest
 # %% ../nbs/21_synth.ipynb #21-synth-46
 def drawn(
     spec, # a `SynthSpec` or the name of one
-):        # `source(clip, frames=None) -> (T,H,W,3)`, in the place of `pcan.data.video`
+):        # `source(clip, frames=None) -> (T,H,W,3)`, in the place of `pcan.video.video`
     "Frames of a data set's clips, painted instead of decoded."
     spec = get_spec(spec)
     at = {clip_name(split, s, session, i): (split, i) for split, n in zip(SPLITS, spec.counts) for i in range(n) for s, session, *_ in [cast(spec, split, i)]}

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pcan import cli, data, pose
-from pcan.data import Clip, read_keypoints, video
+from pcan import cli, pose, video as reading
+from pcan.data import Clip, read_keypoints
 from pcan.files import DataError, load_pickle
 from pcan.pose import as_row, best, check_sheet, estimate, estimate_video, find_videos, fixed_box, load_weights, read_video, part_path, read_part, settings_of, whole_frame, write_sheet
 from pcan.skeleton import JOINTS, WHOLEBODY, from_wholebody
+from pcan.video import video
 from tinyset import write_video
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,7 +66,7 @@ def rotated(path, degrees, frames):
 @pytest.mark.parametrize("reader", ["decord", "av"])
 @pytest.mark.parametrize("degrees", [0, 90, 180, 270])
 def test_turned_videos(tmp_path, monkeypatch, degrees, reader):
-    "Joints lie where `pcan.data.video` shows the square, whatever the file's note on how to turn it, with either reader."
+    "Joints lie where `pcan.video.video` shows the square, whatever the file's note on how to turn it, with either reader."
     if reader=="av": monkeypatch.setitem(sys.modules, "decord", None)
     path, x = rotated(tmp_path/"v.mp4", degrees, film(h=108, w=130)), film(h=108, w=130)
     estimate([path], green, tmp_path/"p.pkl", batch=5)
@@ -97,10 +98,10 @@ def test_changing_frame_rate(tmp_path, monkeypatch, reader):
     assert len(video(clip_of(tmp_path/"v.mp4", row, size)))==20
 
 def test_av_goes_forwards_and_back(films):
-    n, read, _ = data._reader_av(str(films[0]))
+    n, read, _ = reading._reader_av(str(films[0]))
     whole = read(range(n))
     for i in ([0], [5,5,2], range(3,9), [11], [0,11], range(12)): assert np.array_equal(read(i), whole[list(i)])
-    assert np.array_equal(whole, data.open_video(films[0])[1](range(n)))
+    assert np.array_equal(whole, reading.open_video(films[0])[1](range(n)))
 
 def test_one_frame(tmp_path):
     write_video(tmp_path/"one.mp4", film(1))
@@ -227,7 +228,7 @@ def test_a_broken_part_is_named(films, tmp_path):
     with pytest.raises(DataError, match=f"{part.name}.*delete it and run"): estimate(films, green, tmp_path/"p.pkl")
 
 def test_one_that_breaks_off_does_not_take_the_others_along(films, tmp_path, monkeypatch):
-    real = data.open_video
+    real = reading.open_video
     def reader(path):
         n, read, times = real(path)
         def broken(i):
