@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from .files import DataError, atomic, data_dir, one_at_a_time, pool, read_json, sha256_file, sha256_json, write_json
-from .puppet import MOTIONS, act, drift, joints, mirror, rng_of, subject
+from .motions import MOTIONS
+from .puppet import act, drift, joints, mirror, rng_of, subject
 from .render import Camera, look, paint, write_mp4
 from .skeleton import FLIP_PAIRS, flip_order
 from .tree import MA52, TRAIN_COUNTS

@@ -8,7 +8,10 @@ from pcan import cli, predict as P, runs, submit
 from pcan.checkpoint import WARNING, Card, Opened, pack
 from pcan.data import Clip, read_split
 from pcan.files import DataError, data_dir
-from pcan.predict import Film, contact_sheet, grad_cam, inputs, open_film, predict, sample, save, timeline, windows
+from pcan.film import Film, open_film, sample
+from pcan.pictures import contact_sheet, save, timeline
+from pcan.predict import inputs, predict, windows
+from pcan.saliency import grad_cam
 from pcan.skeleton import LAYOUTS
 from pcan.systems import SYSTEMS
 from pcan.tree import MA52, ActionTree
@@ -88,7 +91,7 @@ def test_crops_in_pieces(smoke, opened):
     "Sixteen frames at a time give the crops of all at once."
     c = read_split(smoke, "val")[3]
     film, at = open_film(c.path), [5,5,0,23,7,*range(20)]
-    assert np.array_equal(P._crops(film, c, opened.run.clip, None, 0, at), person_frames(c, opened.run.clip, at))
+    assert np.array_equal(P.crops(film, c, opened.run.clip, None, 0, at), person_frames(c, opened.run.clip, at))
 
 # ---- what there is to look at
 
@@ -202,7 +205,7 @@ def test_box(tmp_path):
     assert not np.array_equal(p.of()[0], predict(v, o).of()[0])
     crop = np.zeros((60,60,3), np.uint8); crop[:,5:] = frames[0,20:80,:55]
     import cv2
-    assert np.array_equal(P._crops(p.film, P._clip(p.film, None, 0, 14, 28), o.run.clip, p.box, 0, [0])[0], cv2.resize(crop, (36,36)))
+    assert np.array_equal(P.crops(p.film, P.clip_of(p.film, None, 0, 14, 28), o.run.clip, p.box, 0, [0])[0], cv2.resize(crop, (36,36)))
     for wrong in ((40,20,10,80), (100,20,140,80), (-9,-9,-1,-1)):
         with pytest.raises(ValueError, match="--box: found .* of the 80 × 96 frame"): predict(v, o, box=wrong)
 
