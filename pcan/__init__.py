@@ -1,7 +1,7 @@
 "A notebook-first replication of PCAN (AAAI 2025). The names most people need; each module has more."
 __version__ = "0.1.0"
 
-_FACE = dict(MA52="tree", ActionTree="tree", draw_skeleton="skeleton", Clips="data", validate="data", ClipSpec="augment", prepare="augment", heatmaps="heatmap",
+_FACE = dict(MA52="tree", ActionTree="tree", draw_skeleton="skeleton", Clips="clips", validate="validation", ClipSpec="augment", prepare="augment", heatmaps="heatmap",
              RGBPoseConv3D="rgbpose", Method="model", pcan="model", poseconv3d="model", evaluate="metrics", Run="runs", make="runs", get="runs", get_all="runs")
 __all__ = list(_FACE)
 

@@ -106,7 +106,7 @@ def validate(argv=None):
     p.add_argument("folder", nargs="?", type=Path, default=None, help="data/ma52 by default")
     p.add_argument("--no-videos", action="store_true", help="only look whether the videos are there, do not open them")
     a = p.parse_args(argv)
-    from pcan.data import validate as check
+    from pcan.validation import validate as check
     found = check(a.folder or data_dir()/"ma52", videos=not a.no_videos, progress=True)
     print(found)
     return 0 if found.ok else 1
@@ -115,9 +115,9 @@ def validate(argv=None):
 @_command
 def own(argv=None):
     "Turn a table of labels, a folder of videos and pickles of skeletons into a data set below data/. The columns of the table: video, action and, where there are, body, subject, split."
-    from pcan.data import validate as check
     from pcan.own import make_dataset
     from pcan.skeleton import LAYOUTS
+    from pcan.validation import validate as check
     p = _parser("own", description=own.__doc__)
     p.add_argument("labels", type=Path, help="CSV with a row per clip")
     p.add_argument("name", help="of the data set: its folder below data/")
@@ -172,7 +172,7 @@ def ma52(argv=None):
     names = dict(n.split("=", 1) for n in a.name if "=" in n)
     if len(names)<len(a.name): raise ValueError(f"--name: found {' '.join(a.name)}; expected PART=PATTERN, as in train=videos/train.zip")
     if not download(a.to, a.keep, a.dry_run, only=a.only, repo=a.repo, skeletons_repo=a.skeletons_repo, revision=a.revision, names=names).to.is_dir(): return 0
-    from pcan.data import validate as check
+    from pcan.validation import validate as check
     print(f"\n`pcan_validate --no-videos` on {check(a.to, videos=False)}")
 
 # %% ../nbs/74_cli.ipynb #74-cli-21
@@ -237,7 +237,8 @@ def submit(argv=None):
 @_command
 def pose(argv=None):
     "Estimate the 28 joints in every frame of your own videos, with a whole-body model of mmpose; goes on where it was interrupted."
-    from pcan.pose import LAYOUTS, MODEL, enter, find_videos, fixed_box, mmdet_detector, whole_frame
+    from pcan.pose import LAYOUTS, find_videos, fixed_box, whole_frame
+    from pcan.wholebody import MODEL, enter, mmdet_detector
     p = _parser("pose", description=pose.__doc__)
     p.add_argument("videos", nargs="+", type=Path, help="files, or folders of videos")
     p.add_argument("--out", type=Path, default=Path("poses.pkl"), help="the pickle; finished videos are kept beside it, in NAME.parts")
@@ -265,7 +266,8 @@ def pose(argv=None):
 def _poses(a, videos, detector): # in the environment that has mmpose
     from pcan.data import read_list
     from pcan.files import load_pickle
-    from pcan.pose import estimate, mmpose_estimator, write_sheet
+    from pcan.pose import estimate, write_sheet
+    from pcan.wholebody import mmpose_estimator
     banner = "!"*66 + "\nRANDOM WEIGHTS: what comes out are no poses and is marked as such.\n" + "!"*66
     if a.random_weights: print(banner, file=sys.stderr)
     labels = read_list(a.labels) if a.labels else None
@@ -321,7 +323,9 @@ def predict(argv=None):
 # %% ../nbs/74_cli.ipynb #74-cli-32
 def _predict_all(a, opened): # every video, whatever happens to the others
     import json
-    from pcan.predict import predict as look, sample, save
+    from pcan.film import sample
+    from pcan.pictures import save
+    from pcan.predict import predict as look
     data = opened.run.data.removeprefix("synth/") if opened.card.synthetic else "bench"
     out, taken, failed = a.out or (None if a.json else Path("predictions")), set(), 0
     for v in (*a.video, *a.sample):

@@ -58,7 +58,9 @@ def write_method():
 
 def write_prediction():
     "Write `nbs/prediction.png`, what `pcan_predict --sample waving` draws."
-    from pcan.predict import contact_sheet, png, predict, sample
+    from pcan.film import sample
+    from pcan.pictures import contact_sheet, png
+    from pcan.predict import predict
     fig = contact_sheet(predict(sample("waving")))
     fig.set_dpi(90)
     with atomic(root()/"nbs"/"prediction.png") as f: f.write(png(fig))

@@ -339,7 +339,7 @@ def plot_shares(t): # -> figure
 def picture(clip, side:int=260, at=None, skeleton=Skeleton()): # (side,side,3) uint8, or (n,side,side,3) for n frame numbers
     "Frames of a clip, cut to the person, with the keypoints drawn. The middle frame by default."
     from pcan.augment import ClipSpec
-    from pcan.data import person_frames, person_keypoint
+    from pcan.video import person_frames, person_keypoint
     spec, t = ClipSpec(side=side), [len(clip.keypoint)//2] if at is None else list(at)
     kp = person_keypoint(clip, spec)
     out = np.stack([draw_skeleton(f, kp[i,:,:2], kp[i,:,2], max(1, side//130), skeleton) for f,i in zip(person_frames(clip, spec, t), t)])

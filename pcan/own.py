@@ -12,10 +12,11 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
-from .data import ENDINGS, SPLITS, clip_name, no_video, open_video, read_keypoints
+from .data import ENDINGS, SPLITS, clip_name, read_keypoints
 from .files import DataError, atomic, read_json, sha256_file, write_json
 from .skeleton import LAYOUTS, Skeleton
 from .tree import ActionTree
+from .video import no_video, open_video
 
 # %% ../nbs/94_own.ipynb #94-own-05
 @dataclass

@@ -20,7 +20,8 @@ from typing import get_args
 import numpy as np
 import torch
 from .augment import ClipSpec, prepare
-from .data import Clips, check_same, declared, has_own_test, inputs, loader, manifest_sha, people, video
+from .clips import Clips, loader
+from .data import check_same, declared, has_own_test, inputs, manifest_sha, people
 from .files import DataError, atomic, data_dir, read_json, reports_dir, root, sha256_json, write_json
 from .metrics import evaluate
 from .model import GROUPS, READINGS, STREAMS, Method, best_child, flip, fuse
@@ -30,6 +31,7 @@ from .skeleton import Skeleton
 from .systems import SYSTEMS
 from .train import Optim, fit, make_accelerator, predict, seed_epoch
 from .tree import MA52, ActionTree
+from .video import video
 
 # %% ../nbs/71_runs.ipynb #71-runs-05
 @dataclass(frozen=True)

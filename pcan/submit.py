@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
-from .data import SPLITS, Clips, cache_path, check_same, read_list
+from .clips import Clips, cache_path
+from .data import SPLITS, check_same, read_list
 from .files import DataError, atomic, data_dir, load_pickle, read_json, reports_dir
 from .metrics import evaluate
 from .model import best_child

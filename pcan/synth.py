@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from .files import DataError, atomic, data_dir, one_at_a_time, pool, read_json, sha256_file, sha256_json, write_json
-from .puppet import MOTIONS, act, drift, joints, mirror, rng_of, subject
+from .motions import MOTIONS
+from .puppet import act, drift, joints, mirror, rng_of, subject
 from .render import Camera, look, paint, write_mp4
 from .skeleton import FLIP_PAIRS, flip_order
 from .tree import MA52, TRAIN_COUNTS
@@ -318,7 +319,7 @@ def _generate(spec, root, workers, progress, video): # the manifest
 # %% ../nbs/21_synth.ipynb #21-synth-46
 def drawn(
     spec, # a `SynthSpec` or the name of one
-):        # `source(clip, frames=None) -> (T,H,W,3)`, in the place of `pcan.data.video`
+):        # `source(clip, frames=None) -> (T,H,W,3)`, in the place of `pcan.video.video`
     "Frames of a data set's clips, painted instead of decoded."
     spec = get_spec(spec)
     at = {clip_name(split, s, session, i): (split, i) for split, n in zip(SPLITS, spec.counts) for i in range(n) for s, session, *_ in [cast(spec, split, i)]}

@@ -14,23 +14,14 @@ import pytest
 import torch
 from tinyset import FRAMES, drawn, frames_and_keypoints, tiny_set, write_video
 
-from pcan import data
+from pcan import clips
 from pcan.augment import ClipSpec, prepare
-from pcan.data import (
-    Clips,
-    build_cache,
-    cache_path,
-    loader,
-    manifest_sha,
-    person_frames,
-    read_keypoints,
-    read_list,
-    read_split,
-    validate,
-    video,
-)
+from pcan.clips import Clips, build_cache, cache_path, loader
+from pcan.data import manifest_sha, read_keypoints, read_list, read_split
 from pcan.files import DataError, write_json
 from pcan.tree import MA52
+from pcan.validation import validate
+from pcan.video import person_frames, video
 
 SPEC = ClipSpec(rgb_frames=4, pose_frames=6, side=40, rgb_size=32, pose_size=12, sigma=0.6, clips_test=2)
 
@@ -388,7 +379,7 @@ def test_frames_that_do_not_fit_the_keypoints(tiny, tmp_path):
 
 
 def test_no_room(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda p: SimpleNamespace(free=1000))
+    monkeypatch.setattr(clips.shutil, "disk_usage", lambda p: SimpleNamespace(free=1000))
     raises(lambda: build_cache(tiny, "train", SPEC, folder=tmp_path), "GiB free", "cache=False")
 
 

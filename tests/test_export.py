@@ -113,7 +113,8 @@ def run_example(folder, system_run, file, with_video, **kw):
 
 def test_the_example_needs_neither_pcan_nor_torch(pcan_file, tmp_path):
     "And it says what our own road says of the same frames."
-    from pcan.data import Clip, person_frames, person_keypoint
+    from pcan.data import Clip
+    from pcan.video import person_frames, person_keypoint
     made, model, run = pcan_file
     s, printed, out = run_example(tmp_path, run, made.path, True)
     assert len(printed.strip().splitlines())==5 and "%" in printed

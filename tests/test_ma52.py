@@ -5,8 +5,8 @@ import pytest
 from hub import Hub, serve
 from tinyset import tiny_set
 from pcan import ma52
-from pcan.data import validate
 from pcan.files import DataError, read_json, sha256_file
+from pcan.validation import validate
 
 def zipped(files, prefix=""):
     out = io.BytesIO()

@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pcan import own, runs
-from pcan.data import SPLITS, inputs, open_video, people, read_split, validate
+from pcan.data import SPLITS, inputs, people, read_split
 from pcan.files import DataError, atomic, read_json, write_json
 from pcan.skeleton import LAYOUTS, Skeleton
+from pcan.validation import validate
+from pcan.video import open_video
 
 ACTIONS = {"wave": "arm", "point": "arm", "kick": "leg"}
 

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pcan import cli, data, pose
-from pcan.data import Clip, read_keypoints, video
+from pcan import cli, pose, video as reading, wholebody
+from pcan.data import Clip, read_keypoints
 from pcan.files import DataError, load_pickle
-from pcan.pose import as_row, best, check_sheet, estimate, estimate_video, find_videos, fixed_box, load_weights, read_video, part_path, read_part, settings_of, whole_frame, write_sheet
+from pcan.pose import as_row, best, check_sheet, estimate, estimate_video, find_videos, fixed_box, read_video, part_path, read_part, settings_of, whole_frame, write_sheet
 from pcan.skeleton import JOINTS, WHOLEBODY, from_wholebody
+from pcan.video import video
+from pcan.wholebody import load_weights
 from tinyset import write_video
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,7 +67,7 @@ def rotated(path, degrees, frames):
 @pytest.mark.parametrize("reader", ["decord", "av"])
 @pytest.mark.parametrize("degrees", [0, 90, 180, 270])
 def test_turned_videos(tmp_path, monkeypatch, degrees, reader):
-    "Joints lie where `pcan.data.video` shows the square, whatever the file's note on how to turn it, with either reader."
+    "Joints lie where `pcan.video.video` shows the square, whatever the file's note on how to turn it, with either reader."
     if reader=="av": monkeypatch.setitem(sys.modules, "decord", None)
     path, x = rotated(tmp_path/"v.mp4", degrees, film(h=108, w=130)), film(h=108, w=130)
     estimate([path], green, tmp_path/"p.pkl", batch=5)
@@ -97,10 +99,10 @@ def test_changing_frame_rate(tmp_path, monkeypatch, reader):
     assert len(video(clip_of(tmp_path/"v.mp4", row, size)))==20
 
 def test_av_goes_forwards_and_back(films):
-    n, read, _ = data._reader_av(str(films[0]))
+    n, read, _ = reading._reader_av(str(films[0]))
     whole = read(range(n))
     for i in ([0], [5,5,2], range(3,9), [11], [0,11], range(12)): assert np.array_equal(read(i), whole[list(i)])
-    assert np.array_equal(whole, data.open_video(films[0])[1](range(n)))
+    assert np.array_equal(whole, reading.open_video(films[0])[1](range(n)))
 
 def test_one_frame(tmp_path):
     write_video(tmp_path/"one.mp4", film(1))
@@ -227,7 +229,7 @@ def test_a_broken_part_is_named(films, tmp_path):
     with pytest.raises(DataError, match=f"{part.name}.*delete it and run"): estimate(films, green, tmp_path/"p.pkl")
 
 def test_one_that_breaks_off_does_not_take_the_others_along(films, tmp_path, monkeypatch):
-    real = data.open_video
+    real = reading.open_video
     def reader(path):
         n, read, times = real(path)
         def broken(i):
@@ -302,24 +304,24 @@ def test_a_checkpoint_runs_nothing(tmp_path):
 def test_download(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path/"home"))
     (tmp_path/"m.pth").write_bytes(b"weights")
-    assert pose.download((tmp_path/"m.pth").as_uri()).read_bytes()==b"weights"
-    with pytest.raises(DataError, match="cannot be downloaded.*--weights"): pose.download((tmp_path/"none.pth").as_uri())
+    assert wholebody.download((tmp_path/"m.pth").as_uri()).read_bytes()==b"weights"
+    with pytest.raises(DataError, match="cannot be downloaded.*--weights"): wholebody.download((tmp_path/"none.pth").as_uri())
 
 def test_devices():
-    assert pose.device_of("cpu").type=="cpu"
-    with pytest.raises(DataError, match="--device: found 'gpu'"): pose.device_of("gpu")
+    assert wholebody.device_of("cpu").type=="cpu"
+    with pytest.raises(DataError, match="--device: found 'gpu'"): wholebody.device_of("gpu")
 
 def test_starts_again_where_mmpose_is(tmp_path, monkeypatch):
     gone = []
-    monkeypatch.setattr(pose.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(pose, "root", lambda: tmp_path)
-    monkeypatch.setattr(pose.os, "execv", lambda *a: gone.append(a) or (_ for _ in ()).throw(SystemExit))
-    with pytest.raises(DataError, match="make pose-env.*is not there"): pose.enter(["a.mp4"])
+    monkeypatch.setattr(wholebody.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(wholebody, "root", lambda: tmp_path)
+    monkeypatch.setattr(wholebody.os, "execv", lambda *a: gone.append(a) or (_ for _ in ()).throw(SystemExit))
+    with pytest.raises(DataError, match="make pose-env.*is not there"): wholebody.enter(["a.mp4"])
     python = tmp_path/".venv-pose"/"bin"/"python"; python.parent.mkdir(parents=True); python.touch()
-    with pytest.raises(SystemExit): pose.enter(["a.mp4", "--batch", "4"])
+    with pytest.raises(SystemExit): wholebody.enter(["a.mp4", "--batch", "4"])
     assert gone==[(python, [str(python), "-m", "pcan.cli", "pose", "a.mp4", "--batch", "4"])]
-    monkeypatch.setattr(pose.sys, "prefix", str(tmp_path/".venv-pose"))
-    with pytest.raises(DataError, match="without mmpose: delete it first"): pose.enter(["a.mp4"])   # and not for ever in a circle
+    monkeypatch.setattr(wholebody.sys, "prefix", str(tmp_path/".venv-pose"))
+    with pytest.raises(DataError, match="without mmpose: delete it first"): wholebody.enter(["a.mp4"])   # and not for ever in a circle
     assert len(gone)==1
 
 def test_stand_ins_fail_loudly_and_step_aside(monkeypatch):
@@ -327,15 +329,15 @@ def test_stand_ins_fail_loudly_and_step_aside(monkeypatch):
     here = type(sys)("torchvision.transforms"); here.ToPILImage = "the real one"
     monkeypatch.setitem(sys.modules, "torchvision", type(sys)("torchvision")); monkeypatch.setitem(sys.modules, "torchvision.transforms", here)
     try:
-        missing = pose._stand_ins()
-        assert missing==[m for m in pose._WANTED if m!="torchvision.transforms"] and sys.modules["torchvision.transforms"] is here
+        missing = wholebody._stand_ins()
+        assert missing==[m for m in wholebody._WANTED if m!="torchvision.transforms"] and sys.modules["torchvision.transforms"] is here
         from mmcv.ops import MultiScaleDeformableAttention
         with pytest.raises(RuntimeError, match="install the full mmcv"): MultiScaleDeformableAttention()
     finally:
         for m in set(sys.modules)-set(kept)-{"torchvision", "torchvision.transforms"}: del sys.modules[m]
 
 def test_mmdet_missing():
-    with pytest.raises(DataError, match="--detector: mmdet cannot be used here.*--box"): pose.mmdet_detector("rtmdet-m")
+    with pytest.raises(DataError, match="--detector: mmdet cannot be used here.*--box"): wholebody.mmdet_detector("rtmdet-m")
 
 def test_boxes_from_mmdet(tmp_path, monkeypatch):
     "People only, above the least score, from BGR frames; mmdet itself is played by a stand-in with its signatures."
@@ -350,10 +352,10 @@ def test_boxes_from_mmdet(tmp_path, monkeypatch):
              "mmpose": {}, "mmpose.utils": dict(adapt_mmdet_pipeline=lambda cfg: f"mmdet.{cfg}")}
     for name,what in fakes.items():
         m = ModuleType(name); vars(m).update(what); monkeypatch.setitem(sys.modules, name, m)
-    monkeypatch.setattr(pose, "model_index", lambda package: ([], tmp_path))
+    monkeypatch.setattr(wholebody, "model_index", lambda package: ([], tmp_path))
     (tmp_path/"d.py").touch(); torch.save(net.state_dict(), tmp_path/"d.pth")
-    with pytest.raises(DataError, match="expected --detector-weights"): pose.mmdet_detector(str(tmp_path/"d.py"))
-    detect = pose.mmdet_detector(str(tmp_path/"d.py"), tmp_path/"d.pth", "cpu")
+    with pytest.raises(DataError, match="expected --detector-weights"): wholebody.mmdet_detector(str(tmp_path/"d.py"))
+    detect = wholebody.mmdet_detector(str(tmp_path/"d.py"), tmp_path/"d.pth", "cpu")
     x = film(2); x[0,0,0] = 1, 2, 3
     boxes = best(detect(x), 3, (48,64))
     assert np.array_equal(boxes[0,:2], [(2,2,7,7), (1,1,8,8)]) and np.isnan(boxes[:,2]).all()
@@ -367,8 +369,8 @@ def test_the_command_says_what_is_wrong(args, message, capsys, monkeypatch, tmp_
 
 def test_the_command(films, tmp_path, capsys, monkeypatch):
     "With another estimator in mmpose's place: labels, sheets, and what is printed."
-    monkeypatch.setattr(pose, "enter", lambda argv: None)
-    monkeypatch.setattr(pose, "mmpose_estimator", lambda *a: green)
+    monkeypatch.setattr(wholebody, "enter", lambda argv: None)
+    monkeypatch.setattr(wholebody, "mmpose_estimator", lambda *a: green)
     (tmp_path/"list.txt").write_text("v0.mp4 3\nv2.mp4 51\n")
     assert cli.pose([str(tmp_path/"films"), "--out", str(tmp_path/"p.pkl"), "--labels", str(tmp_path/"list.txt"), "--sheet", str(tmp_path/"sheets")])==0
     assert [r["label"] for r in load_pickle(tmp_path/"p.pkl")]==[3, -1, 51]
@@ -415,7 +417,7 @@ def test_a_real_model(short, tmp_path):
     assert r.returncode==0, r.stderr[-3000:]
     assert "RANDOM WEIGHTS" in r.stdout and "wave.mp4: 6 frames, 108 × 130" in r.stdout and (tmp_path/"s"/"wave.png").is_file()
     row, = load_pickle(tmp_path/"p.pkl")
-    assert row["random_weights"] is True and row["estimator"]==pose.MODEL
+    assert row["random_weights"] is True and row["estimator"]==wholebody.MODEL
     assert row["keypoint"].shape==(1,6,28,2) and np.isfinite(row["keypoint"]).all() and (row["keypoint_score"]>0).any()
     with pytest.raises(DataError, match="random weights"): read_keypoints(tmp_path/"p.pkl")
     r = command(*args)
@@ -426,16 +428,16 @@ def test_as_mmpose_itself_does_it(short):
     "Batches of several frames and boxes give what mmpose gives for each frame alone; its names of the points are those we map."
     said = json.loads(in_pose_env("""
 import json, sys, numpy as np
-from pcan import pose
+from pcan import pose, wholebody
 from pcan.skeleton import WHOLEBODY
 seen = {}
-estimate = pose.mmpose_estimator(random=True)
+estimate = wholebody.mmpose_estimator(random=True)
 film, read = pose.read_video(sys.argv[1]); x = read(range(5)); h, w = film.size
 boxes = np.array([[(0,0,w,h), (10,5,w-20,h-9)]]*5, np.float32); boxes[2,1] = np.nan
 ours = estimate(x, boxes)
 from mmpose.apis import inference_topdown, init_model
 import torch; torch.manual_seed(0)
-path, _ = pose.choose_model(pose.MODEL, *pose.model_index('mmpose')); model = init_model(str(path), None, 'cpu')
+path, _ = wholebody.choose_model(wholebody.MODEL, *wholebody.model_index('mmpose')); model = init_model(str(path), None, 'cpu')
 worst = 0
 for i in range(5):
     for m in range(2):
@@ -456,8 +458,8 @@ def test_other_families(short, name):
     "RTMW, a config that the index does not list, and a network that gives heatmaps."
     in_pose_env("""
 import sys, numpy as np
-from pcan import pose
-f = pose.mmpose_estimator(sys.argv[2], random=True)
+from pcan import pose, wholebody
+f = wholebody.mmpose_estimator(sys.argv[2], random=True)
 film, read = pose.read_video(sys.argv[1]); x = read([0])
 p = pose._points(f(x, pose.best(pose.whole_frame(x), 1, film.size)), (1,1))
 assert p[...,:2].std()>1 and f.settings['model']==sys.argv[2] and f.settings['random_weights']
@@ -468,10 +470,10 @@ def test_weights_from_a_file(short, tmp_path):
     "A checkpoint as mmpose writes it is loaded, and no longer marked as random; one of another model is refused."
     in_pose_env("""
 import sys, torch
-from pcan import pose
-pose._stand_ins()
+from pcan import pose, wholebody
+wholebody._stand_ins()
 from mmpose.apis import init_model
-model = init_model(str(pose.choose_model(pose.MODEL, *pose.model_index('mmpose'))[0]), None, 'cpu')
+model = init_model(str(wholebody.choose_model(wholebody.MODEL, *wholebody.model_index('mmpose'))[0]), None, 'cpu')
 state = {k: v for k,v in model.state_dict().items()}
 torch.save(dict(state_dict=state, meta=dict(dataset_meta=model.dataset_meta)), sys.argv[1]+'/w.pth')
 state.pop('backbone.stem.0.conv.weight'); torch.save(dict(state_dict=state), sys.argv[1]+'/half.pth')

@@ -4,14 +4,18 @@ from dataclasses import replace
 from fractions import Fraction
 import numpy as np
 import pytest, torch
-from pcan import cli, data, predict as P, runs, submit
+from pcan import cli, predict as P, runs, submit
 from pcan.checkpoint import WARNING, Card, Opened, pack
-from pcan.data import Clip, read_split, video
+from pcan.data import Clip, read_split
 from pcan.files import DataError, data_dir
-from pcan.predict import Film, contact_sheet, grad_cam, inputs, open_film, predict, sample, save, timeline, windows
-from pcan.systems import SYSTEMS
+from pcan.film import Film, open_film, sample
+from pcan.pictures import contact_sheet, save, timeline
+from pcan.predict import inputs, predict, windows
+from pcan.saliency import grad_cam
 from pcan.skeleton import LAYOUTS
+from pcan.systems import SYSTEMS
 from pcan.tree import MA52, ActionTree
+from pcan.video import _reader_av, person_frames, video
 from tinyset import frames_and_keypoints, write_video
 
 SYNTH = Card("a-run", "PCAN", "synth/smoke", synthetic=True, seconds=.8)
@@ -87,7 +91,7 @@ def test_crops_in_pieces(smoke, opened):
     "Sixteen frames at a time give the crops of all at once."
     c = read_split(smoke, "val")[3]
     film, at = open_film(c.path), [5,5,0,23,7,*range(20)]
-    assert np.array_equal(P._crops(film, c, opened.run.clip, None, 0, at), data.person_frames(c, opened.run.clip, at))
+    assert np.array_equal(P.crops(film, c, opened.run.clip, None, 0, at), person_frames(c, opened.run.clip, at))
 
 # ---- what there is to look at
 
@@ -201,7 +205,7 @@ def test_box(tmp_path):
     assert not np.array_equal(p.of()[0], predict(v, o).of()[0])
     crop = np.zeros((60,60,3), np.uint8); crop[:,5:] = frames[0,20:80,:55]
     import cv2
-    assert np.array_equal(P._crops(p.film, P._clip(p.film, None, 0, 14, 28), o.run.clip, p.box, 0, [0])[0], cv2.resize(crop, (36,36)))
+    assert np.array_equal(P.crops(p.film, P.clip_of(p.film, None, 0, 14, 28), o.run.clip, p.box, 0, [0])[0], cv2.resize(crop, (36,36)))
     for wrong in ((40,20,10,80), (100,20,140,80), (-9,-9,-1,-1)):
         with pytest.raises(ValueError, match="--box: found .* of the 80 × 96 frame"): predict(v, o, box=wrong)
 
@@ -309,7 +313,7 @@ def test_one_frame(tmp_path, opened):
 
 @pytest.mark.parametrize("angle", [90, 180, 270])
 def test_turned(tmp_path, angle):
-    "A telephone's video: upright here, upright in `pcan.data.video`, upright in PyAV's place."
+    "A telephone's video: upright here, upright in `pcan.video.video`, upright in PyAV's place."
     plain = talk(tmp_path, joints=False)
     turned = remuxed(plain, tmp_path/"turned.mp4", lambda s: s.set_display_rotation(angle))
     film, flat = open_film(turned), open_film(plain)
@@ -318,7 +322,7 @@ def test_turned(tmp_path, angle):
     assert np.array_equal(x, np.rot90(flat.read([0,7]), angle//90, (1,2)))
     clip = Clip("turned", turned, -1, np.zeros((14,1,2)), np.zeros((14,1)), film.size)
     assert np.array_equal(video(clip, [0,7]), x)
-    assert np.array_equal(data._reader_av(str(turned))[1]([0,7]), x)
+    assert np.array_equal(_reader_av(str(turned))[1]([0,7]), x)
     assert predict(turned, network("tsn")).film.size==film.size
 
 def test_changing_frame_rate(tmp_path):
@@ -336,7 +340,7 @@ def test_changing_frame_rate(tmp_path):
     assert len(film)==60 and np.allclose(film.times[[1,40,59]], [.02,.8,2.7], atol=2e-3)
     p = predict(film, network("tsn"), window=.8, stride=.8)
     assert [(w.first, w.last) for w in p.windows][0]==(0,39) and all(w.end-w.start<1. for w in p.windows) and p.windows[-1].last==59
-    assert np.allclose(data._reader_av(str(tmp_path/"v.mp4"))[2](), film.times, atol=1e-6)
+    assert np.allclose(_reader_av(str(tmp_path/"v.mp4"))[2](), film.times, atol=1e-6)
 
 def test_large(tmp_path, opened):
     "4K: a handful of frames at a time, and the crop of a person in it."

@@ -6,7 +6,8 @@ import numpy as np
 import pytest, torch
 from pcan import cli, runs, submit
 from pcan.augment import prepare
-from pcan.data import Clips, loader, read_list
+from pcan.clips import Clips, loader
+from pcan.data import read_list
 from pcan.files import DataError, data_dir
 from pcan.metrics import evaluate
 from pcan.model import RELEASED, fuse, pcan
