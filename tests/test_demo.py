@@ -6,7 +6,7 @@ from starlette.testclient import TestClient
 from pcan.checkpoint import Card, open_checkpoint, pack
 from pcan.demo import Limits, Worker, app, host_ok, look, origin_ok, page, serve, shown_name
 from pcan.files import DataError
-from pcan.runs import make
+from pcan.config import make
 from pcan.synth import clip as synthetic
 from pcan.systems import SYSTEMS
 from tinyset import write_video
