@@ -2,7 +2,7 @@
 __version__ = "0.1.0"
 
 _FACE = dict(MA52="tree", ActionTree="tree", draw_skeleton="skeleton", Clips="clips", validate="validation", ClipSpec="augment", prepare="augment", heatmaps="heatmap",
-             RGBPoseConv3D="rgbpose", Method="model", pcan="model", poseconv3d="model", evaluate="metrics", Run="runs", make="runs", get="runs", get_all="runs")
+             RGBPoseConv3D="rgbpose", Method="model", pcan="model", poseconv3d="model", evaluate="metrics", Run="config", make="config", get="runs", get_all="runs")
 __all__ = list(_FACE)
 
 def __getattr__(name): # imports a module when a name of it is first used, so that `import pcan` costs nothing

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from .data import lengths, read_split
 from .files import DataError, atomic, data_dir, read_json, reports_dir
-from .runs import Run, data_identity, from_dict, profile_of
+from .config import Run, data_identity, from_dict, profile_of
 from .slowonly import misfit
 from .submit import load_run, released_run
 from .systems import SYSTEMS
@@ -36,7 +36,7 @@ class Card:
     seconds:float|None = None # length of a training clip
     metrics:dict = field(default_factory=dict)  # split -> stream -> metric -> value
     parameters:int = 0
-    recipe:int|None = None    # of `pcan.runs`
+    recipe:int|None = None    # of `pcan.config`
     commit:str = ""           # of the code that trained it
     versions:dict = field(default_factory=dict) # of python, torch, ...
     note:str = ""             # anything else

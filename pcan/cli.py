@@ -60,7 +60,8 @@ def train(argv=None):
     p.add_argument("--jobs", type=int, default=None, help="runs trained side by side; one per core by default, one on a GPU")
     p.add_argument("--workers", type=int, default=0, help="data-loading processes of a single run")
     a = p.parse_args(argv)
-    from pcan.runs import Run, TimeUp, from_dict, get, get_all, make, plan
+    from pcan.config import Run, from_dict, make, plan
+    from pcan.runs import TimeUp, get, get_all
     method = {k: v for k,v in (("lam", a.lam), ("alpha", a.alpha and tuple(a.alpha))) if v is not None}
     one = lambda s: make(a.system, a.profile, s, a.reading, a.stream, a.start, **method)
     runs = ([from_dict(Run, read_json(a.config))] if a.config else [one(s) for s in a.seed or (0,)] if not a.table else
@@ -90,7 +91,8 @@ def report(argv=None):
     a = p.parse_args(argv)
     from pcan.report import runs_of
     from pcan.site import make_reports
-    from pcan.runs import agreement, profile_of
+    from pcan.runs import agreement
+    from pcan.config import profile_of
     profile_of(a.profile)
     before = reports_dir(a.profile)
     if a.fresh: os.environ["PCAN_REPORTS"] = str(root()/"reports"/"fresh")
@@ -129,7 +131,7 @@ def own(argv=None):
     p.add_argument("--seed", type=int, default=0, help="another choice of splits")
     p.add_argument("--longest", type=int, default=1296, help="pixels; larger frames are made smaller")
     a = p.parse_args(argv)
-    from pcan.runs import profile_of
+    from pcan.config import profile_of
     to = data_dir()/profile_of(f"quick@{a.name}").data                       # a ValueError for a name that is none
     if a.name.lower() in (taken:=("ma52", "synth", "cache", "paper")): raise ValueError(f"data set: found the name {a.name!r}; expected another than {', '.join(taken)}, which the project uses itself")
     if to.is_file(): raise ValueError(f"data set: found a file at {to}; expected a new folder, or a data set made by pcan_own")

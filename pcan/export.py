@@ -63,7 +63,7 @@ class Whole(nn.Module):
     "A network with all that comes before and after it at the test: bytes and joints in, probabilities out."
     def __init__(self,
         model:nn.Module,  # a run's network
-        run,              # a `pcan.runs.Run`
+        run,              # a `pcan.config.Run`
     ):
         super().__init__()
         self.model, self.spec, self.limbs = model, run.clip, run.clip.skeleton.edges
@@ -117,7 +117,7 @@ Whole.probabilities = _probabilities
 
 # %% ../nbs/98_export.ipynb #98-export-18
 def noise(
-    run,         # a `pcan.runs.Run`
+    run,         # a `pcan.config.Run`
     B:int=2,     # clips
     seed:int=0,
 )->dict:         # name -> array
@@ -190,7 +190,7 @@ def metadata(
 )->dict:                # name -> text, JSON
     "All that a program has to know to use the network, and a person to judge it."
     from pcan import __version__
-    from pcan.runs import stated
+    from pcan.config import stated
     tree, c, synthetic = run.tree, run.clip, card.synthetic or run.data.startswith("synth/")
     means = lambda n: _MEANING.get(n) or _of_stream(n)
     said = dict(
@@ -340,7 +340,7 @@ class Exported:
 # %% ../nbs/98_export.ipynb #98-export-35
 def export(
     model:nn.Module,
-    run,                  # the `pcan.runs.Run` it belongs to
+    run,                  # the `pcan.config.Run` it belongs to
     path:str|Path,        # the file that will stand there
     card:Card=Card(),     # what is known of it
     half:bool=False,      # weights in float16

@@ -116,7 +116,8 @@ def features(
     "What prototypes are made of, for some clips, and the prototypes. A `DataError` without weights."
     from torch.utils.data import default_collate
     from pcan.augment import prepare
-    from pcan.runs import clips_of, weights
+    from pcan.config import clips_of
+    from pcan.runs import weights
     from pcan.systems import SYSTEMS
     state, clips = weights(run), clips_of(run, split)
     model, _ = SYSTEMS[run.system].build(run); model.load_state_dict(state); model.eval()

@@ -38,7 +38,7 @@ def flat(
 
 def two_readings()->tuple: # dotted name -> value, twice
     "Every field of a run at the paper's sizes, in the paper's reading and in the released one."
-    from pcan.runs import make
+    from pcan.config import make
     return tuple(flat(make("pcan", "paper", reading=r)) for r in ("paper", "released"))
 
 # %% ../nbs/65_readings.ipynb #65-readings-07

@@ -34,7 +34,7 @@ THOROUGH, THOROUGH_IN = ("systems", "readings", "repaired"), ("smoke", "bench")
 COMMAND = "make reports PROFILE={profile}"
 
 def folder(
-    profile:str, # a name from `pcan.runs.PROFILES`
+    profile:str, # a name from `pcan.config.PROFILES`
     *parts:str,  # sub-folders or a file
 ): # -> Path
     "Where a profile's report lives."
@@ -96,7 +96,7 @@ def emit(role:str, html:str, markdown:str="", **meta):
 
 def kind(profile:str)->str: # "smoke", "synthetic", "real" or "own"
     "What a profile's numbers are worth."
-    from pcan.runs import profile_of
+    from pcan.config import profile_of
     p = profile_of(profile)
     return "smoke" if p.scale=="smoke" else "own" if p.own else "synthetic" if p.synthetic else "real"
 
@@ -122,7 +122,7 @@ def banner(profile:str):
 def data_line(profile:str):
     "One line: which data, how many clips, its fingerprint, which split was scored."
     from pcan.data import has_split
-    from pcan.runs import data_identity, ensure_data, profile_of
+    from pcan.config import data_identity, ensure_data, profile_of
     p = profile_of(profile); ensure_data(profile); at = data_dir()/p.data
     n = {s: sum(1 for l in (at/"annotations"/f"{s}_list_videos.txt").read_text(encoding="utf-8").splitlines() if l.strip()) for s in ("train", "val", "test") if has_split(at, s)}
     text = f"data/{p.data}: " + " / ".join(f"{v:,} {k}" for k,v in n.items()) + f" clips; scored on {p.score_on}"
@@ -355,7 +355,7 @@ def executed(profile:str)->dict: # name -> notebook, in reading order
 # %% ../nbs/72_report.ipynb #72-report-43
 def runs_of(profile:str, more=())->list: # of `Run`, none twice
     "All runs behind a report, and `more` of the thorough experiments."
-    from pcan.runs import own_runs, plan
+    from pcan.config import own_runs, plan
     if "@" in profile: return own_runs(profile)
     thorough = THOROUGH if profile in THOROUGH_IN else more
     tables = ("table1", "table2", "table3", *thorough, *(("choices",) if "repaired" in thorough else ()))

@@ -335,13 +335,14 @@ def index(profile:str="quick"): # -> Path of the overview
 
 # %% ../nbs/76_site.ipynb #76-site-33
 def make_reports(
-    profile:str="smoke", # a name from `pcan.runs.PROFILES`
+    profile:str="smoke", # a name from `pcan.config.PROFILES`
     only=None,           # experiments to execute; all by default
     jobs:int=None,       # training processes side by side
     more=(),             # thorough experiments that are not part of the profile: "systems" ...
 ):                       # -> Path of the overview
     "Make the data, train what is missing, execute the notebooks, build the pages. Prints where the result is."
-    from pcan.runs import ensure_data, get_all
+    from pcan.config import ensure_data
+    from pcan.runs import get_all
     ensure_data(profile)
     if not only: get_all(runs_of(profile, more), jobs=jobs)    # one bar; with `only`, a notebook asks for what it needs
     done = execute(profile, only or experiments_of(profile, more)); pages = build(profile)

@@ -18,7 +18,8 @@ from .data import SPLITS, check_same, read_list
 from .files import DataError, atomic, data_dir, load_pickle, read_json, reports_dir
 from .metrics import evaluate
 from .model import best_child
-from .runs import Run, everything, from_dict, make, measure, score, with_fused
+from .config import Run, from_dict, make
+from .runs import everything, measure, score, with_fused
 from .systems import SYSTEMS
 from .tree import MA52, ActionTree
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from .files import DataError
 from .report import METRICS
-from .runs import Result, get_all, plan, profile_of
+from .config import plan, profile_of
+from .runs import Result, get_all
 
 # %% ../nbs/79_verify.ipynb #79-verify-05
 #: Table -> the rows that are made again, the first seed of each.

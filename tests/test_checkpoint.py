@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest, torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from pcan import checkpoint, cli, runs
+from pcan import checkpoint, cli, config, runs
 from pcan.checkpoint import Card, open_checkpoint, pack
 from pcan.files import DataError
 from pcan.model import RELEASED, pcan
@@ -22,7 +22,7 @@ def reports(tmp_path, monkeypatch):
 
 def built(system="pcan", **kw):
     torch.manual_seed(0)
-    run = runs.make(system, "smoke", **kw)
+    run = config.make(system, "smoke", **kw)
     return run, SYSTEMS[system].build(run)[0].eval()
 
 def said(call, *args): return call([str(a) for a in args])
@@ -107,14 +107,14 @@ def test_the_authors_file(tmp_path):
 
 def test_from_a_run(reports, tmp_path, capsys, monkeypatch):
     "pcan_pack makes the file of a run, by name or folder, and shows its card; the run itself opens too."
-    run = runs.make("poseconv3d", "smoke", stream="pose")
+    run = config.make("poseconv3d", "smoke", stream="pose")
     result = runs.get(run, progress=False)
     assert said(cli.pack, run.name, "--out", tmp_path/"n.safetensors", "--note", "for the test")==0
     out = capsys.readouterr().out
     a, b = open_checkpoint(tmp_path/"n.safetensors"), open_checkpoint(run.name)
     assert a.card==replace(b.card, note="for the test") and a.run==b.run==run
     assert a.card.run==run.name and a.card.synthetic and a.card.metrics==result.metrics and a.card.clips==(3,)*52 and a.card.seconds==.8
-    assert a.card.recipe==runs.RECIPE and a.card.data_sha==runs.data_identity(run.data) and a.card.commit==result.environment["commit"]
+    assert a.card.recipe==config.RECIPE and a.card.data_sha==config.data_identity(run.data) and a.card.commit==result.environment["commit"]
     for words in (checkpoint.WARNING, run.name, "synthetic: drawn figures, no people", "for the test", f"{100*result.metrics['test']['fused']['action_top1']:.1f}%", "sees joints"): assert words in out, words
     assert checkpoint.WARNING in a._repr_markdown_() and "| network |" in a._repr_markdown_()
     assert said(cli.pack, "--show", tmp_path/"n.safetensors")==0 and capsys.readouterr().out in out
@@ -128,9 +128,9 @@ def test_the_card_of_another_data_set(tmp_path, monkeypatch):
     from tinyset import tiny_set
     monkeypatch.setenv("PCAN_ROOT", str(tmp_path))
     tiny_set(tmp_path/"data"/"mine", encode=False)
-    run = replace(runs.make("pcan", "smoke"), data="mine")
+    run = replace(config.make("pcan", "smoke"), data="mine")
     (tmp_path/"run").mkdir()
-    for n in ("environment", "metrics"): (tmp_path/"run"/f"{n}.json").write_text(json.dumps(dict(data=runs.data_identity("mine")) if n=="environment" else {}))
+    for n in ("environment", "metrics"): (tmp_path/"run"/f"{n}.json").write_text(json.dumps(dict(data=config.data_identity("mine")) if n=="environment" else {}))
     c = checkpoint.card_of(run, tmp_path/"run")
     assert c.clips[:4]==(3,2,2,0) and c.seconds==round(14/30, 3) and not c.synthetic and checkpoint.WARNING not in c.label
     other = json.dumps(dict(data="of another day")); (tmp_path/"run"/"environment.json").write_text(other)

@@ -26,10 +26,10 @@ def test_a_mistake_gets_one_helpful_line(args, expected):
 
 def test_a_table_in_pieces(tmp_path, monkeypatch, capsys):
     "`--minutes` stops in time, says how far it came, and the next call goes on."
-    from pcan import cli, runs
+    from pcan import cli, config, runs
     monkeypatch.setenv("PCAN_REPORTS", str(tmp_path))
-    run = runs.alone("poseconv3d", "smoke")
-    monkeypatch.setattr(runs, "plan", lambda table, profile, seeds: {"one": [run]})
+    run = config.alone("poseconv3d", "smoke")
+    monkeypatch.setattr(config, "plan", lambda table, profile, seeds: {"one": [run]})
     args = ["--table", "readings", "--profile", "smoke"]
     assert cli.train([*args, "--minutes", "0"])==3
     assert "0 of 2 runs were finished when the time was up; the same command goes on" in capsys.readouterr().out

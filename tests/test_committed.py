@@ -1,7 +1,7 @@
 "What stands in reports/ is what its runs say: names, metrics and tables can be made again from the kept scores."
 from pathlib import Path
 import pytest
-from pcan import runs
+from pcan import config, runs
 from pcan.files import read_json
 from pcan.report import read_table
 
@@ -10,7 +10,7 @@ assert RUNS, "no committed runs"
 
 @pytest.mark.parametrize("path", [p.parent for p in RUNS], ids=lambda p: p.name)
 def test_run(path):
-    run = runs.from_dict(runs.Run, read_json(path/"config.json"))
+    run = config.from_dict(config.Run, read_json(path/"config.json"))
     assert run.name==path.name, "made with another configuration, data set or recipe than its name says: train it again"
     result = runs.Result(run, path)
     for split,m in result.metrics.items(): assert runs.measure(result.scores(split))==m
@@ -35,7 +35,7 @@ def test_systems():
     for r in t.itertuples():
         path = RUNS[0].parent.parent/r.run
         assert f"{read_json(path/'metrics.json')['test']['fused']['action_top1']:.6f}"==f"{r.value:.6f}"
-        n, flops = bill(runs.from_dict(runs.Run, read_json(path/"config.json")))
+        n, flops = bill(config.from_dict(config.Run, read_json(path/"config.json")))
         assert (n, f"{flops/1e9:.6f}")==(r.parameters, f"{r.gflops:.6f}"), f"{r.system}: the network has changed since it was trained"
 
 def test_table1_has_all_rows():
@@ -46,7 +46,7 @@ def test_table1_has_all_rows():
 def predictions_of(label, profile="bench"):
     "Predictions of a row of Table 1, one per seed."
     from pcan.verdicts import predictions
-    return [predictions(runs.get(r, progress=False).scores("test")) for r in runs.plan("table1", profile)[label]]
+    return [predictions(runs.get(r, progress=False).scores("test")) for r in config.plan("table1", profile)[label]]
 
 def figure_data(name):
     "What the data of a figure of profile bench has to be, from the kept scores alone."
@@ -80,7 +80,7 @@ def test_differences(table):
     made = read_table(table, "bench")
     def scored(label): # predictions of a row, one per seed
         rows = made[made.variant==(label if label in set(made.variant) else label.strip("()"))]
-        of = lambda n: runs.Result(runs.from_dict(runs.Run, read_json(RUNS[0].parent.parent/n/"config.json")), RUNS[0].parent.parent/n)
+        of = lambda n: runs.Result(config.from_dict(config.Run, read_json(RUNS[0].parent.parent/n/"config.json")), RUNS[0].parent.parent/n)
         return [predictions(of(n).scores("test"), rows.stream.iloc[0]) for n in dict.fromkeys(rows.run)]
     p, q = map(scored, row.pair.split(" − "))
     d = difference(p, q, "f1_mean")

@@ -7,7 +7,7 @@ from pcan.checkpoint import Card, open_checkpoint, pack
 from pcan.demo import Limits, Worker, app, host_ok, look, origin_ok, serve
 from pcan.files import DataError
 from pcan.page import page, shown_name
-from pcan.runs import make
+from pcan.config import make
 from pcan.synth import clip as synthetic
 from pcan.systems import SYSTEMS
 from tinyset import write_video

@@ -45,7 +45,8 @@ def smoke(tmp_path_factory):
     shutil.copy(root()/"settings.ini", at)
     os.environ["PCAN_ROOT"] = str(at)
     from pcan.report import runs_of
-    from pcan.runs import ensure_data, get_all
+    from pcan.config import ensure_data
+    from pcan.runs import get_all
     ensure_data("smoke", progress=False); get_all(runs_of("smoke"), progress=False)
     yield at
     os.environ.pop("PCAN_ROOT") if old is None else os.environ.update(PCAN_ROOT=old)

@@ -8,7 +8,7 @@ from pcan.checkpoint import Card
 from pcan.export import TOLERANCE, Whole, dense_heatmaps, dense_parts, difference, example, export, metadata, noise, puppets, reference, sampling, session
 from pcan.files import DataError
 from pcan.heatmap import heatmaps
-from pcan.runs import make
+from pcan.config import make
 from pcan.synth import clip as synthetic
 from pcan.systems import SYSTEMS
 

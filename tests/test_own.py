@@ -5,7 +5,7 @@ from fractions import Fraction
 from pathlib import Path
 import numpy as np
 import pytest
-from pcan import own, runs
+from pcan import config, own, runs
 from pcan.data import SPLITS, inputs, people, read_split
 from pcan.files import DataError, atomic, read_json, write_json
 from pcan.skeleton import LAYOUTS, Skeleton
@@ -219,10 +219,10 @@ def test_a_file_is_one_clip(tmp_path, root):
 def test_classes_that_have_changed_are_not_scored(given, root):
     labels, clips, poses = given
     own.make_dataset(labels, root/"data"/"mine", skeletons=poses, progress=False)
-    r = runs.make("ctrgcn", "smoke@mine")
+    r = config.make("ctrgcn", "smoke@mine")
     path = runs.get(r, progress=False).path
     said = read_json(root/"data"/"mine"/"dataset.json"); write_json(root/"data"/"mine"/"dataset.json", said | dict(actions=["a punt", *said["actions"][1:]]))
-    raises(lambda: runs.clips_of(r, "val"), "other classes or joints")
+    raises(lambda: config.clips_of(r, "val"), "other classes or joints")
     from pcan.submit import load_run, test_model
     model, run, _ = load_run(path)
     raises(lambda: test_model(model, run, root/"data"/"mine", "val"), "other classes or joints")
@@ -266,20 +266,20 @@ def test_what_does_not_fit_is_said(given, root):
 
 @pytest.mark.parametrize("profile", ["smoke@../x", "smoke@", "smoke@a/b", "fast@mine"])
 def test_profiles_that_are_none(profile):
-    with pytest.raises(ValueError, match="found"): runs.profile_of(profile)
+    with pytest.raises(ValueError, match="found"): config.profile_of(profile)
 
-def test_a_data_set_that_is_not_there(root): raises(lambda: runs.make("pcan", "smoke@nothing"), "no such folder", "pcan_own")
+def test_a_data_set_that_is_not_there(root): raises(lambda: config.make("pcan", "smoke@nothing"), "no such folder", "pcan_own")
 
 def test_names_of_runs_follow_the_data(given, root):
     labels, clips, poses = given
     for name in ("one", "two"): own.make_dataset(labels, root/"data"/name, clips, poses, test=.2 if name=="one" else 0, progress=False)
-    a, b = (runs.make("pcan", f"smoke@{n}") for n in ("one", "two"))
+    a, b = (config.make("pcan", f"smoke@{n}") for n in ("one", "two"))
     assert (a.split, b.split)==("test", "val"), "without a test split the val split is scored"
     assert a.name.startswith("pcan-smoke@one-s0-") and a.tree==b.tree and a.data=="one"
-    assert runs.data_identity("one")!=runs.data_identity("two"), "other splits are other data"
-    assert runs.from_dict(runs.Run, json.loads(json.dumps(asdict(a))))==a
+    assert config.data_identity("one")!=config.data_identity("two"), "other splits are other data"
+    assert config.from_dict(config.Run, json.loads(json.dumps(asdict(a))))==a
     said = read_json(root/"data"/"one"/"dataset.json"); write_json(root/"data"/"one"/"dataset.json", said | dict(actions=["punt", *said["actions"][1:]]))
-    assert runs.make("pcan", "smoke@one").name!=a.name, "renamed classes are other data"
+    assert config.make("pcan", "smoke@one").name!=a.name, "renamed classes are other data"
 
 def test_trains_and_reports(given, root):
     "The whole way: both systems on frames and skeletons, and the page about them."
@@ -291,7 +291,7 @@ def test_trains_and_reports(given, root):
         (shutil.copytree if source.is_dir() else shutil.copy)(source, root/d)
     page = make_reports("smoke@mine", jobs=2).read_text(encoding="utf-8")
     assert page.count("<figure")>=4 and "kick" in page and "SMOKE" in page and "data/mine" in page
-    for r in runs.own_runs("smoke@mine"):
+    for r in config.own_runs("smoke@mine"):
         result = runs.get(r, progress=False)
         s = result.scores()
         assert s["fused_action"].shape[1]==3 and s["fused_body"].shape[1]==2 and set(s["subject"])<={f"P{i}" for i in range(4)}
@@ -304,18 +304,18 @@ def test_skeletons_alone_of_another_layout(tmp_path, root, joints, V, system, st
     rows = [r[:2] for r in csv.reader(open(labels))][1:]
     to = own.make_dataset(written(tmp_path/"given", rows, ("video", "action")), root/"data"/"bones", skeletons=poses, joints=joints, progress=False)
     assert validate(to).ok and inputs(to)==("pose",)
-    r = runs.make(system, "smoke@bones", stream=stream)
+    r = config.make(system, "smoke@bones", stream=stream)
     assert r.clip.skeleton==LAYOUTS[joints] and r.tree.bodies==("all",)
     m = runs.get(r, progress=False).metrics["test"]["fused"]
     assert m["body_top1"]==1 and 0<=m["action_top1"]<=1 and m["action_top5"]==1, m
-    raises(lambda: runs.make("poseconv3d", "smoke@bones"), "no videos", "stream='pose'")
+    raises(lambda: config.make("poseconv3d", "smoke@bones"), "no videos", "stream='pose'")
 
 def test_frames_alone(given, root):
     labels, clips, _ = given
     to = own.make_dataset(labels, root/"data"/"films", clips, progress=False)
     assert validate(to, workers=1).ok and inputs(to)==("rgb",)
-    raises(lambda: runs.make("ctrgcn", "smoke@films"), "no skeletons")
-    assert set(runs.get(runs.make("tsn", "smoke@films"), progress=False).metrics)=={"val", "test"}
+    raises(lambda: config.make("ctrgcn", "smoke@films"), "no skeletons")
+    assert set(runs.get(config.make("tsn", "smoke@films"), progress=False).metrics)=={"val", "test"}
 
 def test_command(given, root, capsys):
     from pcan.cli import own as command, train

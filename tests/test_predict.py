@@ -4,7 +4,7 @@ from dataclasses import replace
 from fractions import Fraction
 import numpy as np
 import pytest, torch
-from pcan import cli, predict as P, runs, submit
+from pcan import cli, predict as P, config, runs, submit
 from pcan.checkpoint import WARNING, Card, Opened, pack
 from pcan.data import Clip, read_split
 from pcan.files import DataError, data_dir
@@ -24,7 +24,7 @@ def said(call, *args): return call([str(a) for a in args])
 def network(system="pcan", card=SYNTH, scale=.6, **kw):
     "Random weights, made to answer differently to different clips."
     torch.manual_seed(1)
-    run = runs.make(system, "smoke", **kw)
+    run = config.make(system, "smoke", **kw)
     model, _ = SYSTEMS[system].build(run)
     with torch.no_grad():
         for m in model.modules():
@@ -78,7 +78,7 @@ def test_the_test_path(smoke, system, kw, spec):
 def test_a_run_says_the_same_again(smoke, tmp_path, monkeypatch):
     "What `runs.score` kept when the run ended."
     monkeypatch.setenv("PCAN_REPORTS", str(tmp_path))
-    result = runs.get(runs.make("pcan", "smoke"), progress=False)
+    result = runs.get(config.make("pcan", "smoke"), progress=False)
     kept = result.scores("test")
     for c in read_split(smoke, "test")[:6]:
         p = predict(c.path, result.path, smoke/"MA-52_openpose_28kp"/"MA52_test.pkl")
@@ -142,7 +142,7 @@ def test_samples():
 @pytest.mark.parametrize("system", ["pcan", "ctrgcn", "poseconv3d"])
 def test_a_data_set_of_your_own(tmp_path, system):
     "Two actions under one body part, 17 joints: body parts then say nothing and are not shown, and nothing speaks of MA-52."
-    coco, run = LAYOUTS["coco17"], runs.make(system, "smoke")
+    coco, run = LAYOUTS["coco17"], config.make(system, "smoke")
     run = replace(run, data="mine", tree=ActionTree(("all",), ("yes", "no"), (0,0)), clip=replace(run.clip, skeleton=coco), net=replace(run.net, pose=replace(run.net.pose, in_channels=17)))
     model, _ = SYSTEMS[system].build(run)
     pack(run, model.eval(), Card("mine", "PCAN", "mine", clips=(3,4), seconds=.5), tmp_path/"mine.safetensors")
@@ -185,7 +185,7 @@ def test_joints_alone(tmp_path, opened):
 
 def test_streams_that_do_not_talk(tmp_path):
     "Without laterals a stream is the same whatever the other gets."
-    run = runs.make("pcan", "smoke")
+    run = config.make("pcan", "smoke")
     run = replace(run, net=replace(run.net, lateral=False))
     o = Opened(SYSTEMS["pcan"].build(run)[0].eval(), run, SYNTH)
     v = talk(tmp_path)
@@ -457,7 +457,7 @@ def test_one_that_fails_does_not_take_the_others_along(tmp_path, file, capsys):
 
 def test_a_drawn_clip_for_another_skeleton(tmp_path):
     from pcan.skeleton import LAYOUTS
-    run = runs.make("poseconv3d", "smoke", stream="pose")
+    run = config.make("poseconv3d", "smoke", stream="pose")
     run = replace(run, clip=replace(run.clip, skeleton=LAYOUTS["coco17"]), net=replace(run.net, pose=replace(run.net.pose, in_channels=17)))
     model, _ = SYSTEMS[run.system].build(run)
     pack(run, model.eval(), SYNTH, tmp_path/"coco.safetensors")

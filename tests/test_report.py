@@ -58,7 +58,7 @@ def test_differences_to_the_paper_only_on_its_data(at, profile, differences):
 
 
 def test_paper_tables_have_our_labels(at):
-    from pcan.runs import plan
+    from pcan.config import plan
     for name in ("table1", "table2", "table3"):
         labels = list(plan(name, "smoke"))
         assert [l for l in labels if l not in report.paper_table(name).index]==[]

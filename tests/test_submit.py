@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import pytest, torch
-from pcan import cli, runs, submit
+from pcan import cli, config, runs, submit
 from pcan.augment import prepare
 from pcan.clips import Clips, loader
 from pcan.data import read_list
@@ -17,7 +17,7 @@ from pcan.tree import MA52
 
 @pytest.fixture(scope="module")
 def smoke():
-    runs.ensure_data("smoke", progress=False)
+    config.ensure_data("smoke", progress=False)
     return data_dir()/"synth"/"smoke"
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_released(checkpoint, smoke, reports, capsys):
 
 def test_a_run_again(smoke, reports, capsys):
     "A finished run whose weights are here: the same scores again, and those of another split on request."
-    run = runs.make("poseconv3d", "smoke", stream="pose")
+    run = config.make("poseconv3d", "smoke", stream="pose")
     result = runs.get(run, progress=False)
     kept = (result.path/"scores_test.npz").read_bytes()
     assert said(cli.test, run.name, "--split", "test")==0

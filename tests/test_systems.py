@@ -1,6 +1,6 @@
 "The table of systems: twenty rows, their sizes, how they begin, and that all of them train behind one face."
 import pytest, torch
-from pcan import runs, systems
+from pcan import config, runs, systems
 from pcan.model import STREAMS
 from pcan.report import paper_table
 from pcan.systems import SYSTEMS, bill, shape_of, shapes_of
@@ -28,18 +28,18 @@ def test_the_rows_are_the_papers():
     ours = [SYSTEMS[n].label for n in IN_TABLE]
     both = [f"{SYSTEMS[n].label} ({s})" for n in ("poseconv3d", "pcan") for s in ("RGB", "Pose")]
     assert sorted(ours+both)==sorted(paper_table("table1").index)
-    assert list(runs.plan("systems", "quick"))==[SYSTEMS[n].label for n in OTHERS] and len(OTHERS)==14
+    assert list(config.plan("systems", "quick"))==[SYSTEMS[n].label for n in OTHERS] and len(OTHERS)==14
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_size(name):
-    n, flops = bill(runs.make(name, "paper"))
+    n, flops = bill(config.make(name, "paper"))
     assert n==PUBLISHED[name][0]
     if PUBLISHED[name][1]: assert f"{flops/1e9:.3f}"==f"{PUBLISHED[name][1]:.3f}"
 
 @pytest.mark.parametrize("name", IN_TABLE)
 def test_trains_behind_one_face(name):
     "Shapes, a finite gradient for whatever learns, and the same answer after saving and loading."
-    run = runs.make(name, "smoke")
+    run = config.make(name, "smoke")
     torch.manual_seed(0)
     model, loss = SYSTEMS[name].build(run)
     x = inputs(run)
@@ -58,7 +58,7 @@ def test_trains_behind_one_face(name):
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_wrong_input_is_named(name):
-    run = runs.make(name, "smoke")
+    run = config.make(name, "smoke")
     model, _ = SYSTEMS[name].build(run)
     bad = [x if x is None else x[:,:1] if i==0 else x[...,:1] for i,x in enumerate(inputs(run))]
     with pytest.raises(ValueError, match=r"shape \(2, .*expected \(B,"): model(*bad)
@@ -66,7 +66,7 @@ def test_a_wrong_input_is_named(name):
 @pytest.mark.parametrize("name", IN_TABLE)
 def test_recipe_of_ma52(name):
     "The published recipe makes an optimiser, whose rate ends lower than it was."
-    run = runs.make(name, "paper")
+    run = config.make(name, "paper")
     with torch.device("meta"): model, _ = SYSTEMS[name].build(run)
     made = make_optimizer(model, run.optim)
     assert sum(len(g["params"]) for g in made.param_groups)==sum(p.requires_grad for p in model.parameters())
@@ -75,8 +75,8 @@ def test_recipe_of_ma52(name):
 
 def test_b2c_is_three_runs(store):
     "Each branch alone, then a fusion that leaves them as they are."
-    run = runs.make("b2c", "smoke")
-    rgb, pose = runs.singles(run)
+    run = config.make("b2c", "smoke")
+    rgb, pose = config.singles(run)
     assert (rgb.stream, pose.stream, rgb.start, rgb.clip.pose_frames, pose.clip.rgb_frames)==("rgb", "pose", "random", 0, 0)
     assert {rgb.name, pose.name}.isdisjoint({run.name}) and "b2c-rgb-smoke" in rgb.name
     result = runs.get(run, progress=False)
@@ -87,9 +87,9 @@ def test_b2c_is_three_runs(store):
         assert learned and all(torch.equal(last[k], state[s][k]) for k in learned), "branches take no gradient"
     assert any(not torch.equal(last[k], state["rgb"][k]) for k in last if k.startswith("net.rgb.") and "running_mean" in k), "their running means do move"
     assert result.metrics["test"].keys()=={"both", "fused"} and {"both/ce_a", "both/gate"} <= set(result.history[0])
-    real = runs.make("b2c", "paper")
+    real = config.make("b2c", "paper")
     assert (real.start, real.first.lr, real.optim.lr)==("single", pytest.approx(.05*10/6), pytest.approx(.005*10/6))
-    assert [r.start for r in runs.singles(real)]==["imagenet"]*2 and [r.optim for r in runs.singles(real)]==[real.first]*2
+    assert [r.start for r in config.singles(real)]==["imagenet"]*2 and [r.optim for r in config.singles(real)]==[real.first]*2
 
 @pytest.mark.parametrize("name,kind", [("tsm", "resnet50"), ("i3d", "resnet50"), ("b2c", "resnet18")])
 def test_photos_come_in(name, kind, monkeypatch):
@@ -100,7 +100,7 @@ def test_photos_come_in(name, kind, monkeypatch):
         def resnet50(weights): assert (kind, weights)==("resnet50", "IMAGENET1K_V1"); return net
         def resnet18(weights): assert (kind, weights)==("resnet18", "IMAGENET1K_V1"); return net
     monkeypatch.setattr(systems, "image_models", lambda: Models)
-    run = runs.make(name, "paper", stream="rgb" if name=="b2c" else None)
+    run = config.make(name, "paper", stream="rgb" if name=="b2c" else None)
     model, _ = SYSTEMS[name].build(run)
     before = model.net.fc.weight.clone()
     runs.begin(run, model)
@@ -111,7 +111,7 @@ def test_photos_come_in(name, kind, monkeypatch):
 
 def test_published_weights_come_in(monkeypatch):
     from pcan.attention import VideoSwin
-    run = runs.make("swin", "paper")
+    run = config.make("swin", "paper")
     model, _ = SYSTEMS["swin"].build(run)
     other = {k: v+1 if v.is_floating_point() else v for k,v in model.net.state_dict().items()}
     monkeypatch.setattr(VideoSwin, "published", lambda self: other)
@@ -121,5 +121,5 @@ def test_published_weights_come_in(monkeypatch):
     assert all(torch.equal(new[k], other[k]) for k in new if not k.startswith(head)) and not all(torch.equal(new[k], other[k]) for k in new if k.startswith(head))
 
 def test_shapes_are_readable():
-    assert shape_of(runs.make("b2c", "paper"))=="3×16×224×224 + 109×16×56×112"
-    assert shape_of(runs.make("ctrgcn", "paper"))=="100×28×3"
+    assert shape_of(config.make("b2c", "paper"))=="3×16×224×224 + 109×16×56×112"
+    assert shape_of(config.make("ctrgcn", "paper"))=="100×28×3"

@@ -3,7 +3,7 @@ import time
 from math import comb
 from pathlib import Path
 import numpy as np, pytest
-from pcan import runs, verdicts
+from pcan import config, runs, verdicts
 from pcan.files import DataError, read_json
 from pcan.tree import MA52
 from pcan.verdicts import Predictions, clip_weights, comparisons, difference, flip_test, holm, in_words, mcnemar, predictions, score, subject_weights
@@ -35,7 +35,7 @@ def test_stored_scores_know_whose_clips(profile):
     "Of test clips the generator tells; what it tells of val clips is what their names say."
     from pcan.synth import SPECS, cast
     path = next(p.parent for p in sorted(RUNS.glob(f"*-{profile}-*/metrics.json")))
-    result = runs.Result(runs.from_dict(runs.Run, read_json(path/"config.json")), path)
+    result = runs.Result(config.from_dict(config.Run, read_json(path/"config.json")), path)
     test, val = result.scores("test"), result.scores("val")
     assert len(set(test["subject"]))==30 and len(set(predictions(test).subject))==30 and "subject" not in val
     assert [int(n.split("_")[0]) for n in val["name"]]==[cast(SPECS[profile], "val", i)[0]+1 for i in range(len(val["name"]))]

@@ -1,7 +1,7 @@
 "Made again and compared: what counts as the same, without training anything; and that the reproducibility lists name files that exist."
 import csv, shutil
 import pytest
-from pcan import cli, runs, verify as v
+from pcan import cli, config, runs, verify as v
 from pcan.files import DataError, read_json, root, write_json
 from pcan.report import METRICS
 
@@ -46,7 +46,7 @@ def test_a_finished_run_says_what_decides_its_bits():
 @pytest.fixture
 def again(tmp_path, monkeypatch):
     "A store with the committed PoseConv3D in it, and `get_all` that copies instead of training; the function says what training changes."
-    run, here = runs.make("poseconv3d", "quick"), tmp_path/"committed"
+    run, here = config.make("poseconv3d", "quick"), tmp_path/"committed"
     assert (run.path/"metrics.json").exists()
     shutil.copytree(run.path, here/"runs"/run.name)
     write_json(here/"runs"/run.name/"environment.json", read_json(run.path/"environment.json") | dict(vector="AVX512"))
