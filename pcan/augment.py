@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ClipSpec', 'sample_uniform', 'sample_dense', 'compact_box', 'crop', 'resize', 'to_box', 'random_box', 'flip',
-           'prepare']
+           'joints', 'prepare']
 
 # %% ../nbs/12_augment.ipynb #12-augment-02
 import numpy as np, torch, torch.nn.functional as F
@@ -196,7 +196,14 @@ def _frames(rgb, box, flip, size): # (B,T,S,S,3) uint8, (B,4), (B,) bool -> (B,3
     return x.view(B,3,T,size,size)
 
 # %% ../nbs/12_augment.ipynb #12-augment-30
-def _joints(keypoint, box, flip, size, order): # (B,T,V,3) crop pixels -> (B,T,V,2) map pixels, (B,T,V) score
+def joints(
+    keypoint:torch.Tensor, # `(B,T,V,3)` x,y in pixels of the stored crop, and score
+    box:torch.Tensor,      # `(B,4)` the part of the crop that is seen
+    flip:torch.Tensor,     # `(B,)` bool, mirrored or not
+    size,                  # side of the map
+    order:torch.Tensor,    # `(V,)` which joint stands for which in a mirror
+)->tuple:                  # `(B,T,V,2)` x,y in pixels of the map, `(B,T,V)` score
+    "Joints as a map of a part of the crop shows them."
     xy, score = keypoint[...,:2], keypoint[...,2]
     b = box[:,None,None]                                             # (B,1,1,4)
     xy = (xy-b[...,:2])*(size/(b[...,2:]-b[...,:2]))
@@ -207,10 +214,10 @@ def _joints(keypoint, box, flip, size, order): # (B,T,V,3) crop pixels -> (B,T,V
 # %% ../nbs/12_augment.ipynb #12-augment-32
 def _pose(kp, box, flip, order, spec, m): # joints of a batch -> what the Pose stream sees; `m`: side of a map
     if spec.pose_as=="joints":                                       # (B,T,V,3)
-        xy, score = _joints(kp, box, flip, 2., order)
+        xy, score = joints(kp, box, flip, 2., order)
         found = (score>0)[...,None]
         return torch.cat([torch.where(found, xy-1, 0), score[...,None]], -1)
-    xy, score = _joints(kp, box, flip, m, order)
+    xy, score = joints(kp, box, flip, m, order)
     if spec.pose_as=="heatmaps": return heatmaps(xy, score, (m,m), spec.sigma)
     from pcan.b2c import parts
     return parts(xy*xy.new_tensor([2,1]), score, (m,2*m), limbs=spec.skeleton.edges)
