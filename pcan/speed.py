@@ -96,6 +96,7 @@ class Step:
         dtype=torch.float32,   # what the network computes in
         device:str="cpu",
         wrap=lambda f: f,      # `torch.compile`, for the network and the losses
+        workers:int=0,         # processes that read ahead
     ):
         from pcan.clips import loader
         from pcan.config import clips_of
@@ -107,7 +108,7 @@ class Step:
         self.run, self.plain, self.dtype, self.device = run, plain, dtype, device
         self.optimizer, self.net, self.loss = make_optimizer(self.model, run.optim), wrap(self.model), loss.to(device) if plain else wrap(loss.to(device))
         if plain: run = replace(run, clip=replace(run.clip, cache=False))
-        self.batches = self._endless(loader(clips_of(run, "train", train=True), run.optim.batch))
+        self.batches = self._endless(loader(clips_of(run, "train", train=True), run.optim.batch, workers))
         self.masked = _masked_losses(loss) if plain else None
 
     def _endless(self, batches):
