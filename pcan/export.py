@@ -242,7 +242,7 @@ def example(run)->str: # Python
 
 # %% ../nbs/98_export.ipynb #98-export-29
 def _onnx(): # the libraries, or a line on how to get them
-    try: import onnx, onnxruntime, onnxscript
+    try: import onnx, onnxruntime, onnxscript  # noqa: F401 - torch wants it
     except ImportError as e: raise DataError(f"found no {e.name}; expected it, so `pip install 'pcan[export]'`") from None
     return onnx, onnxruntime
 

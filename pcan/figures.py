@@ -248,11 +248,11 @@ def plot_curves(t, loss:str="loss", title:str="Training loss", colors=COLORS, re
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 2, figsize=(7.2, 2.9))
     t = t.assign(shown=t.label.where(t.label.isin(list(colors)), rest))
-    for ax,(key,title,unit) in zip(axes, ((loss, title, 1), ("val/fused/action_top1", "Validation, action top-1, %", 100))):
+    for ax,(key,text,unit) in zip(axes, ((loss, title, 1), ("val/fused/action_top1", "Validation, action top-1, %", 100))):
         for label,color,width in ((rest, "#d3d6da", .9), *((s, c, 2 if len(t[t.label==s].run.unique())<2 else 1.2) for s,c in colors.items())):
             for i,(_,d) in enumerate(t[(t.key==key) & (t.shown==label)].groupby("run", sort=False)):
                 ax.plot(d.epoch, unit*d.value, color=color, lw=width, label=label if i==0 else None, marker="o" if len(d)==1 else None, ms=4)
-        ax.set(title=title, xlabel="epoch"); ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True, min_n_ticks=1))
+        ax.set(title=text, xlabel="epoch"); ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True, min_n_ticks=1))
     axes[0].set_ylim(0); axes[1].set_ylim(0); axes[1].legend(loc="lower right")
     return fig
 
@@ -263,7 +263,7 @@ def plot_arms(differences:dict, metrics=("action_top1", "action_f1_macro", "f1_m
     names, n = dict(action_top1="action top-1", action_f1_macro="action F1 macro", body_top1="body top-1", f1_mean="F1 mean"), len(differences)
     fig, axes = plt.subplots(1, len(metrics), figsize=(7.6, .9 + .3*n), sharey=True)
     for ax,m in zip(axes, metrics):
-        for y,(k,d) in enumerate((k, v[m]) for k,v in differences.items()):
+        for y,d in enumerate(v[m] for v in differences.values()):
             color = "#2E7D4F" if d.lo>0 else "#B3402A" if d.hi<0 else "#7b8794"
             ax.plot([100*d.lo, 100*d.hi], [y, y], color=color, lw=2.2, solid_capstyle="round"); ax.plot(100*d.value, y, "o", color=color, ms=5)
         ax.axvline(0, color="#777", lw=.8, zorder=0); ax.set(title=names[m], ylim=(n-.5, -.5)); ax.tick_params(axis="y", length=0); ax.spines["left"].set_visible(False)

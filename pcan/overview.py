@@ -69,7 +69,7 @@ def views(
     step:int=10,           # how far each picture stands out behind the next
 )->tuple:                  # two `(h,w,3)` uint8
     "A clip as both streams see it: a stack of frames and one of heatmaps, each joint in its colour."
-    import cv2, torch
+    import torch
     from pcan.augment import resize, to_box
     from pcan.heatmap import heatmaps
     from pcan.skeleton import JOINT_COLORS
