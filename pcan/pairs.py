@@ -139,10 +139,12 @@ def positions(
 
 # %% ../nbs/77_pairs.ipynb #77-pairs-22
 def kept_positions(
-    run, split:str, pair:tuple,
-    name:str,      # of the figure whose CSV keeps them
+    run,        # whose weights
+    split:str,  # of whose clips
+    pair:tuple, # two action ids
+    name:str,   # of the figure whose CSV keeps them
     profile:str,
-):                 # DataFrame as `positions` gives it, or None
+):              # DataFrame as `positions` gives it, or None
     "Positions from the weights; without weights those that were kept; None if there are neither."
     import pandas as pd
     path = folder(profile, "figures", f"{name}.csv")
