@@ -81,7 +81,7 @@ def plot_room(
     "How many clips two systems may answer differently before a difference drowns in its own noise."
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(7.2, 1.2+.27*len(differences)))
-    for y,(label,d) in enumerate(differences.items()):
+    for y,d in enumerate(differences.values()):
         ax.plot([1e-4, min(room(n, d), 1)], [y, y], color="#8FA3B5", lw=3, solid_capstyle="butt")
         ax.text(min(room(n, d), 1)*1.15, y, f"{room(n, d):.2%}" if room(n, d)<1 else "always", va="center", fontsize=8, color="#444")
     ax.set(xscale="log", xlim=(1e-4, 3.5), ylim=(len(differences)-.4, -.6), yticks=range(len(differences)),

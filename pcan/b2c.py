@@ -26,7 +26,11 @@ def seen(
     xy = xy.transpose(1,2).float()
     return xy.nan_to_num(0, 0, 0), (score.transpose(1,2) > least) & xy.isfinite().all(-1)
 
-def offset(p:torch.Tensor, n:int)->torch.Tensor: # `(...)` positions on an axis of n pixels -> `(...,n)`
+def offset(
+    p:torch.Tensor, # `(...)` positions
+    n:int,          # pixels of an axis
+)->torch.Tensor:    # `(...,n)`
+    "How far each pixel of an axis is from each position."
     return torch.arange(n, device=p.device) - p[...,None]
 
 # %% ../nbs/84_b2c.ipynb #84-b2c-08
@@ -76,7 +80,11 @@ def limb_maps(
     return beside.square_().addcmul_(beyond, beyond).mul_(-.5).exp_().mul_(on[...,None,None])
 
 # %% ../nbs/84_b2c.ipynb #84-b2c-16
-def cross(u:torch.Tensor, v:torch.Tensor)->torch.Tensor: # `(...,2)` and `(...,2)` -> `(...)` signed area between them
+def cross(
+    u:torch.Tensor, # `(...,2)`
+    v:torch.Tensor, # `(...,2)`
+)->torch.Tensor:    # `(...)`
+    "The signed area between two vectors."
     return u[...,0]*v[...,1] - u[...,1]*v[...,0]
 
 def crosses(
@@ -242,7 +250,11 @@ class Fusion(nn.Module):
         return torch.cat([v.mean((3,4)), p.mean((3,4))], 1), g_p, g_v
 
 # %% ../nbs/84_b2c.ipynb #84-b2c-48
-def shrunk(n:int, strides:tuple)->int: # pixels of a map's side -> those left after convolutions of these strides
+def shrunk(
+    n:int,         # pixels of a map's side
+    strides:tuple, # of the convolutions
+)->int:
+    "The side that is left after convolutions."
     for s in strides: n = -(-n//s)
     return n
 

@@ -43,13 +43,15 @@ class Card:
     smoke:bool = False        # one epoch, to see that the code runs
 
     @property
-    def label(self)->str: return "; ".join([SMOKE]*self.smoke + [WARNING]*self.synthetic)
+    def label(self)->str:
+        "What nobody may overlook."
+        return "; ".join([SMOKE]*self.smoke + [WARNING]*self.synthetic)
 
 # %% ../nbs/95_checkpoint.ipynb #95-checkpoint-07
 def card_of(
-    run:Run,
+    run:Run,         # the finished run
     folder:str|Path, # the run's, with metrics.json and environment.json
-    note:str="",
+    note:str="",     # a person's remark
 )->Card:
     "The card of a finished run. A `DataError` where its results are not there."
     env, metrics = (read_json(Path(folder)/f"{n}.json") for n in ("environment", "metrics"))
@@ -104,11 +106,16 @@ class Opened:
 
     def __repr__(self): return f"{self.card.system or self.run.system} ({self.card.run}), sees {' and '.join(self.sees)}"
     @property
-    def tree(self): return self.run.tree
+    def tree(self):
+        "Its classes."
+        return self.run.tree
     @property
-    def skeleton(self): return self.run.clip.skeleton
+    def skeleton(self):
+        "Its joints."
+        return self.run.clip.skeleton
     @property
-    def sees(self)->tuple: # inputs its network takes
+    def sees(self)->tuple:
+        "Inputs its network takes."
         return tuple(s for s in ("rgb", "pose") if getattr(self.run.clip, f"{s}_frames"))
 
 # %% ../nbs/95_checkpoint.ipynb #95-checkpoint-12
@@ -194,7 +201,9 @@ def _card_rows(o): # (what, value)
     if c.data_sha: yield "data set's fingerprint", c.data_sha[:16]
     if c.note: yield "note", c.note
 
-def card_text(o:Opened)->str:
+def card_text(
+    o:Opened, # a network that was opened
+)->str:
     "The card, to be read in a shell."
     return "\n".join([*([o.card.label] if o.card.label else []), *(f"{k:<24}{v}" for k,v in _card_rows(o) if v)])
 

@@ -158,7 +158,11 @@ class Clips(Dataset):
         self._rgb = None
 
     def __len__(self): return len(self.clips)
-    def set_epoch(self, epoch:int): self.epoch = epoch
+    def set_epoch(self,
+        epoch:int, # from 0
+    ):
+        "Draw other frames, boxes and mirrors."
+        self.epoch = epoch
     def __getstate__(self): return {**self.__dict__, "_rgb":None}    # a process of its own opens the file again
 
     def frames(self, i:int, at)->np.ndarray: # (len(at),S,S,3) uint8
@@ -189,12 +193,12 @@ def _one_thread(worker):
     cv2.setNumThreads(1)
 
 def loader(
-    clips:Clips,
-    batch:int=10,     # samples per batch, the paper's 10
-    workers:int=0,    # processes that read; any number gives the same batches
-    train:bool=None,  # shuffle and drop a last short batch; default: as `clips`
-    seed:int=None,    # default: the clips' seed
-)->DataLoader:        # batches for `augment.prepare`
+    clips:Clips,     # what is read
+    batch:int=10,    # samples per batch, the paper's 10
+    workers:int=0,   # processes that read; any number gives the same batches
+    train:bool=None, # shuffle and drop a last short batch; default: as `clips`
+    seed:int=None,   # default: the clips' seed
+)->DataLoader:       # batches for `augment.prepare`
     "Batches of clips, reproducible whatever the number of workers."
     train, seed = clips.train if train is None else train, clips.seed if seed is None else seed
     return DataLoader(clips, batch, sampler=_Order(clips, seed, train), num_workers=workers,

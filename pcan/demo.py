@@ -315,7 +315,7 @@ def serve(
 ):
     "Serve the page until Ctrl-C. A `DataError` for a network that cannot be opened or a port that is taken."
     import socket, webbrowser
-    try: import jinja2, python_multipart, starlette, uvicorn   # all of them, before anything is started
+    try: import jinja2, python_multipart, starlette, uvicorn   # noqa: F401 - all of them, before anything is started
     except ImportError as e: raise DataError(f"found no {e.name}; expected it, so `pip install 'pcan[demo]'`") from None
     s = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

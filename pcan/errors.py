@@ -128,7 +128,9 @@ def follows(
         return spearmanr(f[ok], x[ok]).statistic if ok.sum()>2 and np.ptp(f[ok])>0 and np.ptp(x[ok])>0 else np.nan
     return _sure(np.stack([[rank(f) for f in class_f1(p, W)] for p in runs]), runs[0])
 
-def plain(d)->str:
+def plain(
+    d, # a `Difference` of anything
+)->str:
     "A number and its interval, for what is not a difference in points."
     return "no value" if d is None else f"{d.value:.2f} ({d.lo:.2f} to {d.hi:.2f})".replace("-", "−")
 
@@ -243,10 +245,11 @@ def kept_prototypes(
 
 # %% ../nbs/66_errors.ipynb #66-errors-37
 def alike(
-    C:np.ndarray,   # `(K,K)` cosines
-    bodies,         # `(K,)` the body part of each
-    R:int=9999, seed:int=0,
-)->tuple:           # difference, p (two-sided; both nan where there is nothing to compare)
+    C:np.ndarray, # `(K,K)` cosines
+    bodies,       # `(K,)` the body part of each
+    R:int=9999,   # shuffles
+    seed:int=0,   # of the shuffles
+)->tuple:         # difference, p (two-sided; both nan where there is nothing to compare)
     "How much more alike prototypes of one body part are, and how often a shuffle of the body parts reaches that."
     C, bodies, pairs = np.asarray(C), np.asarray(bodies), np.triu_indices(len(C), 1); c = C[pairs]
     def gap(b):
@@ -256,7 +259,12 @@ def alike(
     if np.isnan(found): return found, found
     return float(found), float((1 + sum(abs(gap(r.permutation(bodies)))>=abs(found)-1e-12 for _ in range(R)))/(1+R))
 
-def judge_alike(claim:str, t, moved:float=.5, R:int=9999)->Verdict:
+def judge_alike(
+    claim:str,      # a sentence
+    t,              # as `prototypes` gives it first
+    moved:float=.5, # with less than this of its start left a prototype counts as moved
+    R:int=9999,     # shuffles
+)->Verdict:
     "The claim that prototypes of one body part are more alike, in every stream. `t` as `prototypes` gives it first; `moved`: with less than this of its start left a prototype counts as moved."
     found, why = [], []
     for s,d in t.groupby("stream", sort=False):

@@ -242,14 +242,14 @@ def example(run)->str: # Python
 
 # %% ../nbs/98_export.ipynb #98-export-29
 def _onnx(): # the libraries, or a line on how to get them
-    try: import onnx, onnxruntime, onnxscript
+    try: import onnx, onnxruntime, onnxscript  # noqa: F401 - torch wants it
     except ImportError as e: raise DataError(f"found no {e.name}; expected it, so `pip install 'pcan[export]'`") from None
     return onnx, onnxruntime
 
 def trace(
-    whole:Whole,
-    inputs:dict,  # name -> array, at least two clips
-):                # an `onnx.ModelProto`
+    whole:Whole, # network and what is before and after it
+    inputs:dict, # name -> array, at least two clips
+):               # an `onnx.ModelProto`
     "One graph of a network, for any number of clips. A `DataError` says what cannot be written as a graph."
     _onnx()
     given, batch = {k: torch.from_numpy(v) for k,v in inputs.items()}, torch.export.Dim("batch", min=1, max=4096)

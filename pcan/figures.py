@@ -36,12 +36,17 @@ def style():
     plt.close("all")
 
 # %% ../nbs/73_figures.ipynb #73-figures-08
-def stamp(fig, profile:str):
+def stamp(
+    fig, # a matplotlib `Figure`
+    profile:str,
+):
     "Write SMOKE across a smoke run's figure."
     if kind(profile)=="smoke":
         fig.text(.5, .5, "SMOKE", fontsize=9*fig.get_figwidth(), color="#b3261e", alpha=.22, ha="center", va="center", rotation=28, weight="bold", zorder=100)
 
-def palette(png:bytes)->bytes:
+def palette(
+    png:bytes, # a picture
+)->bytes:
     "The same picture in 256 colours: a third of the bytes."
     from PIL import Image
     image = Image.open(io.BytesIO(png))
@@ -49,16 +54,17 @@ def palette(png:bytes)->bytes:
     image.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(b := io.BytesIO(), "png", optimize=True)
     return b.getvalue()
 
+# %% ../nbs/73_figures.ipynb #73-figures-09
 def save_figure(
-    fig,          # matplotlib figure
-    name:str,     # "figure3"
-    profile:str,  # decides the folder and the stamp
-    data,         # DataFrame of the plotted points
+    fig,            # matplotlib figure
+    name:str,       # "figure3"
+    profile:str,    # decides the folder and the stamp
+    data,           # DataFrame of the plotted points
     caption:str="", # stands under the figure, with the source of its numbers
-    alt:str="",   # what a reader who cannot see it should know; the caption by default
-    dpi:int=150,
-    source:str="", # replaces the caption's `source_note`
-):                # shows the figure and its caption; -> dict of paths
+    alt:str="",     # what a reader who cannot see it should know; the caption by default
+    dpi:int=150,    # of the PNG
+    source:str="",  # replaces the caption's `source_note`
+):                  # shows the figure and its caption; -> dict of paths
     "Save PNG, SVG and CSV to `reports/<profile>/figures/` and show the figure."
     import matplotlib.pyplot as plt
     from IPython.display import display
@@ -78,7 +84,7 @@ def save_figure(
     display({"text/markdown": f"*{caption}*", "text/plain": caption}, raw=True, metadata={"pcan": dict(role="caption")})
     return paths
 
-# %% ../nbs/73_figures.ipynb #73-figures-15
+# %% ../nbs/73_figures.ipynb #73-figures-16
 def per_class(
     runs:list,  # `Predictions`, one per seed
     W=None,     # `(R,N)` clip weights; one row of ones by default
@@ -89,7 +95,7 @@ def per_class(
     hit = sum(W@(T*(p.p_a==y)[:,None]) for p in runs)/len(runs)
     return np.divide(hit, n, out=np.full_like(n, np.nan), where=n>0)
 
-# %% ../nbs/73_figures.ipynb #73-figures-18
+# %% ../nbs/73_figures.ipynb #73-figures-19
 GROUPS = ("easy", "medium", "hard")
 
 def level(acc)->np.ndarray: # 0 easy, 1 medium, 2 hard, -1 none
@@ -130,7 +136,7 @@ def gains(base:list, ours:list, W)->list: # of `Difference`: easy, medium, hard,
     D = np.concatenate([D, D[...,2:] - D[...,:1]], -1)
     return [interval(D[...,i], base[0]) if np.isfinite(D[:,0,i]).all() else None for i in range(4)]
 
-# %% ../nbs/73_figures.ipynb #73-figures-22
+# %% ../nbs/73_figures.ipynb #73-figures-23
 def plot_difficulty(t): # -> figure
     "Figure 3 from a table with columns clips, group, actions, PoseConv3D, PCAN (fractions)."
     import matplotlib.pyplot as plt
@@ -149,7 +155,7 @@ def plot_difficulty(t): # -> figure
     axes[0,-1].legend(loc="upper right")
     return fig
 
-# %% ../nbs/73_figures.ipynb #73-figures-26
+# %% ../nbs/73_figures.ipynb #73-figures-27
 def ambiguous(
     base:list, ours:list, # `Predictions` per seed
     least:int=4,          # clips an action must have
@@ -182,7 +188,7 @@ def answers(
     rest = {s: max(0., 1-sum(r[s] for r in rows)) for s in share}
     return pd.DataFrame(rows + ([dict(answer="all others", **rest)] if max(rest.values())>1e-9 else []))
 
-# %% ../nbs/73_figures.ipynb #73-figures-29
+# %% ../nbs/73_figures.ipynb #73-figures-30
 def plot_answers(
     cases:list, # (title, DataFrame of `answers`, picture `(h,w,3)` or None)
 ):              # -> figure
@@ -202,7 +208,7 @@ def plot_answers(
     axes[0,1].legend(loc="lower right"); axes[-1,1].set_xlabel("share of the action's clips, %")
     return fig
 
-# %% ../nbs/73_figures.ipynb #73-figures-32
+# %% ../nbs/73_figures.ipynb #73-figures-33
 def changes(base:list, ours:list): # DataFrame: action, body, clips, change (fractions)
     "What each action gains or loses, `nan` where there is no clip."
     import pandas as pd
@@ -232,7 +238,7 @@ def plot_changes(t): # -> figure
     ax.tick_params(axis="y", length=0, labelsize=7); ax.grid(axis="x", color="#e4e4e4", lw=.6); ax.set_axisbelow(True)
     return fig
 
-# %% ../nbs/73_figures.ipynb #73-figures-37
+# %% ../nbs/73_figures.ipynb #73-figures-38
 TERMS = dict(ce_a="CE action", ce_b="CE body", hp="HP", pcc_b="PCC body", pcc_a="PCC action", pda="PDA")
 SHARES = dict(tp_a="TP: both right", fn_a1="FN: body right", fn_a2="FN: both wrong", fn_a3="FN: action right")
 
@@ -248,29 +254,29 @@ def plot_curves(t, loss:str="loss", title:str="Training loss", colors=COLORS, re
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 2, figsize=(7.2, 2.9))
     t = t.assign(shown=t.label.where(t.label.isin(list(colors)), rest))
-    for ax,(key,title,unit) in zip(axes, ((loss, title, 1), ("val/fused/action_top1", "Validation, action top-1, %", 100))):
+    for ax,(key,text,unit) in zip(axes, ((loss, title, 1), ("val/fused/action_top1", "Validation, action top-1, %", 100))):
         for label,color,width in ((rest, "#d3d6da", .9), *((s, c, 2 if len(t[t.label==s].run.unique())<2 else 1.2) for s,c in colors.items())):
             for i,(_,d) in enumerate(t[(t.key==key) & (t.shown==label)].groupby("run", sort=False)):
                 ax.plot(d.epoch, unit*d.value, color=color, lw=width, label=label if i==0 else None, marker="o" if len(d)==1 else None, ms=4)
-        ax.set(title=title, xlabel="epoch"); ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True, min_n_ticks=1))
+        ax.set(title=text, xlabel="epoch"); ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True, min_n_ticks=1))
     axes[0].set_ylim(0); axes[1].set_ylim(0); axes[1].legend(loc="lower right")
     return fig
 
-# %% ../nbs/73_figures.ipynb #73-figures-38
+# %% ../nbs/73_figures.ipynb #73-figures-39
 def plot_arms(differences:dict, metrics=("action_top1", "action_f1_macro", "f1_mean")): # -> figure
     "One line with its interval per comparison and metric. `differences`: label -> {metric: `Difference`}."
     import matplotlib.pyplot as plt
     names, n = dict(action_top1="action top-1", action_f1_macro="action F1 macro", body_top1="body top-1", f1_mean="F1 mean"), len(differences)
     fig, axes = plt.subplots(1, len(metrics), figsize=(7.6, .9 + .3*n), sharey=True)
     for ax,m in zip(axes, metrics):
-        for y,(k,d) in enumerate((k, v[m]) for k,v in differences.items()):
+        for y,d in enumerate(v[m] for v in differences.values()):
             color = "#2E7D4F" if d.lo>0 else "#B3402A" if d.hi<0 else "#7b8794"
             ax.plot([100*d.lo, 100*d.hi], [y, y], color=color, lw=2.2, solid_capstyle="round"); ax.plot(100*d.value, y, "o", color=color, ms=5)
         ax.axvline(0, color="#777", lw=.8, zorder=0); ax.set(title=names[m], ylim=(n-.5, -.5)); ax.tick_params(axis="y", length=0); ax.spines["left"].set_visible(False)
     axes[0].set_yticks(range(n), differences); axes[len(metrics)//2].set_xlabel("points, 95% interval")
     return fig
 
-# %% ../nbs/73_figures.ipynb #73-figures-40
+# %% ../nbs/73_figures.ipynb #73-figures-41
 GROUP_COLORS = {"2D CNN": "#0072B2", "3D CNN": "#56B4E9", "Transformer": "#CC79A7", "GCN": "#009E73", "Dual modality": "#E69F00", "Ours": "#000000"}
 
 def plot_systems(t): # -> figure
@@ -290,8 +296,13 @@ def plot_systems(t): # -> figure
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, markerscale=.6, frameon=False)
     return fig
 
-# %% ../nbs/73_figures.ipynb #73-figures-41
-def label_points(ax, x, y, names):
+# %% ../nbs/73_figures.ipynb #73-figures-42
+def label_points(
+    ax,    # axes that have the points
+    x,     # `(n,)` places
+    y,     # `(n,)` places
+    names, # `(n,)` what to write
+):
     "Write names beside points, each where fewest other names and points are."
     fig = ax.figure; ax.set_xscale("log"); ax.margins(.18); fig.canvas.draw()
     at, taken = ax.transData.transform(np.column_stack([x, y])), []
@@ -306,7 +317,7 @@ def label_points(ax, x, y, names):
         ax.annotate(names.iloc[i], (x[i], y[i]), (dx*72/fig.dpi, dy*72/fig.dpi), textcoords="offset points", fontsize=7.5, va="center", ha="right" if dx<0 else "center" if dx==0 else "left",
                     arrowprops=dict(arrowstyle="-", lw=.4, color="#999", shrinkA=0, shrinkB=2) if abs(dy)*100>20*fig.dpi else None)
 
-# %% ../nbs/73_figures.ipynb #73-figures-43
+# %% ../nbs/73_figures.ipynb #73-figures-44
 def plot_terms(t): # -> figure
     "Weighted loss terms of one run, per stream. `t` has columns stream, term, epoch, value."
     import matplotlib.pyplot as plt
@@ -319,7 +330,7 @@ def plot_terms(t): # -> figure
     axes[0].set_ylabel("term × its weight"); axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     return fig
 
-# %% ../nbs/73_figures.ipynb #73-figures-44
+# %% ../nbs/73_figures.ipynb #73-figures-45
 def plot_shares(t): # -> figure
     "How each batch is sorted, over training: right, three kinds of half-right or wrong. `t` has columns stream, term, epoch, value."
     import matplotlib.pyplot as plt
@@ -335,7 +346,7 @@ def plot_shares(t): # -> figure
     axes[0].set_ylabel("share of the training clips, %"); axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1), reverse=True)
     return fig
 
-# %% ../nbs/73_figures.ipynb #73-figures-49
+# %% ../nbs/73_figures.ipynb #73-figures-50
 def picture(clip, side:int=260, at=None, skeleton=Skeleton()): # (side,side,3) uint8, or (n,side,side,3) for n frame numbers
     "Frames of a clip, cut to the person, with the keypoints drawn. The middle frame by default."
     from pcan.augment import ClipSpec

@@ -65,7 +65,8 @@ class People:
     where:str=""         # file
 
     @property
-    def seen(self)->np.ndarray: # `(T,)` is anybody there?
+    def seen(self)->np.ndarray: # `(T,)`
+        "In which frames is anybody there?"
         return ((self.score>0) & (self.keypoint!=0).any(-1)).any(1)
 
 # %% ../nbs/24_film.ipynb #24-film-09
@@ -93,9 +94,9 @@ def read_people(
 
 # %% ../nbs/24_film.ipynb #24-film-10
 def fit_people(
-    film:Film,
-    p:People, # who may be in it
-)->tuple:     # `People` as long as the film, notes
+    film:Film, # what is looked at
+    p:People,  # who may be in it
+)->tuple:      # `People` as long as the film, notes
     "Do these joints belong to this film? A `DataError` if they do not."
     T, n, notes = len(p.keypoint), len(film), []
     if abs(T-n)>2: raise DataError(f"{film.name} has {n} frames and {p.where} has joints of {T}; expected the same. {POSE_AGAIN}")

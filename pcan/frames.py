@@ -98,7 +98,9 @@ def before_conv1(
 
 class Shift(nn.Module):
     "`shift` as a module."
-    def __init__(self, div:int=8):
+    def __init__(self,
+        div:int=8, # one channel in `div` moves on, one back
+    ):
         super().__init__()
         self.div = div
 

@@ -48,10 +48,10 @@ def unsafe(m:zipfile.ZipInfo)->str|None: # why a member is refused; None: it is 
 
 # %% ../nbs/91_ma52.ipynb #91-ma52-10
 def members(
-    archive:zipfile.ZipFile,
-    free:int,       # bytes of disk that may be filled
-    split:str=None, # of the archive
-)->dict:            # path below `data/ma52` -> `ZipInfo`
+    archive:zipfile.ZipFile, # opened
+    free:int,                # bytes of disk that may be filled
+    split:str=None,          # of the archive
+)->dict:                     # path below `data/ma52` -> `ZipInfo`
     "What an archive holds for us. A `DataError` names what is refused: a path that escapes, a link, two files of one name, more than the disk can take."
     out = {}
     for m in archive.infolist():
@@ -73,10 +73,10 @@ def _gb(n): return f"{n/1e9:.1f} GB" if n>=1e8 else f"{n/1e6:.1f} MB" if n>=1e5 
 
 # %% ../nbs/91_ma52.ipynb #91-ma52-12
 def unpack(
-    archive:Path,
+    archive:Path,       # a zip file
     to:Path,            # `data/ma52`
     split:str=None,     # of the archive
-    progress:bool=True,
+    progress:bool=True, # show a bar
 )->dict:                # folder below `to` -> [files, bytes]
     "Unpack an archive where its files belong, all of it or nothing."
     from tqdm import tqdm
@@ -117,13 +117,21 @@ class Remote:
     sha:str       # of its content: sha256 for large files, git's own for small ones
 
     @property
-    def split(self): return self.part if self.part in SPLITS else None
+    def split(self):
+        "The split it belongs to, if to one."
+        return self.part if self.part in SPLITS else None
     @property
     def file(self): return self.path.replace("/", "_")     # its name in our folder
     @property
-    def key(self): return f"{self.repo}/{self.path}"
+    def key(self):
+        "What it is called in the record."
+        return f"{self.repo}/{self.path}"
 
-def match(path:str, patterns:str)->bool: # any of the patterns, on the whole path or the file's name
+def match(
+    path:str,     # in a repository
+    patterns:str, # several, with spaces between
+)->bool:
+    "Does any of the patterns fit the whole path or the file's name?"
     return any(fnmatch(x, p) for p in patterns.split() for x in (path, PurePosixPath(path).name))
 
 # %% ../nbs/91_ma52.ipynb #91-ma52-19
@@ -190,7 +198,11 @@ def sha_like(
     data = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
-def piece(r:Remote, to:Path)->Path: # what has arrived so far
+def piece(
+    r:Remote, # a file of the hub
+    to:Path,  # `data/ma52`
+)->Path:
+    "Where that which has arrived so far lies."
     return to/"archives"/f"{r.file}.{r.sha[:12]}.part"
 
 def fetch(
@@ -223,7 +235,11 @@ def record(to:Path)->dict: # key -> what is known of a file
     "What was downloaded into a folder."
     return read_json(to/"download.json") if (to/"download.json").is_file() else {}
 
-def note(to:Path, r:Remote, **known):
+def note(
+    to:Path,  # `data/ma52`
+    r:Remote, # a file of the hub
+    **known,  # what is known of it
+):
     "Add a file to the record."
     write_json(to/"download.json", record(to) | {r.key: dict(revision=r.revision, size=r.size, sha=r.sha) | known})
 
@@ -256,9 +272,12 @@ class Plan:
     notes:list
 
     @property
-    def todo(self): return [r for r,whole,_ in self.rows if not whole]
+    def todo(self):
+        "Files that are not here yet, or not whole."
+        return [r for r,whole,_ in self.rows if not whole]
     @property
-    def need(self): # bytes of disk
+    def need(self): # bytes
+        "How much disk it takes."
         sizes = [r.size for r in self.todo]
         arrived = sum(p.stat().st_size for r in self.todo if (p:=piece(r, self.to)).is_file())
         return sum(sizes) + max([r.size for r in self.todo if r.path.endswith(".zip")], default=0) - arrived
@@ -272,14 +291,14 @@ def _standing(path): return next(p for p in (path.absolute(), *path.absolute().p
 
 # %% ../nbs/91_ma52.ipynb #91-ma52-31
 def plan(
-    to:Path,
-    only=tuple(NAMES),    # parts
-    repo:str=REPO,        # videos and lists
-    skeletons_repo:str=SKELETON_REPO,
-    revision:str=None,    # of `repo`; of both, if there is none in the other
-    names:dict=None,      # part -> pattern, where it is not as in `NAMES`
-    endpoint:str=None,
-    look=listing,         # asks the hub
+    to:Path,                          # `data/ma52`
+    only=tuple(NAMES),                # parts
+    repo:str=REPO,                    # videos and lists
+    skeletons_repo:str=SKELETON_REPO, # skeletons
+    revision:str=None,                # of `repo`; of both, if there is none in the other
+    names:dict=None,                  # part -> pattern, where it is not as in `NAMES`
+    endpoint:str=None,                # address of the hub
+    look=listing,                     # asks the hub
 )->Plan:
     "Look at the hub and at the disk. A `DataError` for parts there are not, no access, no room."
     if unknown:=set(only)-set(NAMES) | set(names or {})-set(NAMES): raise DataError(f"found part {', '.join(sorted(unknown))}; expected some of {', '.join(NAMES)}")

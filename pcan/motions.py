@@ -98,7 +98,7 @@ class Motion(NamedTuple):
     body: dict = {}              # channel -> held, or (held, swing, hertz)
 
 def row(
-    envelope, hand="", other="", rub=(0, 0, 0, 0), beat="sine", finger="loose", start="", legs="", legs0="", prop="",
+    envelope, hand="", other="", rub=(0, 0, 0, 0), beat="sine", finger="loose", start="", legs="", legs0="", prop="", # as in `Motion`
     **body, # channels
 )->Motion:
     "A `Motion` whose further keywords are channels."

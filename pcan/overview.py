@@ -27,14 +27,17 @@ class Pen:
     "Draws on matplotlib axes, in pixels from the upper left corner."
     def __init__(self, ax): self.ax = ax
 
-    def say(self, x, y, text, size=8, color=INK, ha="center", **kw): # a text, centred on `y`
+    def say(self, x, y, text, size=8, color=INK, ha="center", **kw): # points of the figure
+        "A text, centred on `y`."
         self.ax.text(x, y, text, fontsize=size, color=color, ha=ha, va="center", **kw)
 
-    def box(self, x, y, w, h, fill="white", edge=INK, r=5, **kw): # with round corners
+    def box(self, x, y, w, h, fill="white", edge=INK, r=5, **kw): # points of the figure
+        "A box with round corners."
         from matplotlib.patches import FancyBboxPatch
         self.ax.add_patch(FancyBboxPatch((x+r, y+r), w-2*r, h-2*r, boxstyle=f"round,pad={r},rounding_size={r}", facecolor=fill, edgecolor=edge, lw=1, **kw))
 
-    def arrow(self, *points, train=False, both=False, color=None, lw=1.2, head=6.5): # a line with a head at its end; dashed in training
+    def arrow(self, *points, train=False, both=False, color=None, lw=1.2, head=6.5): # points of the figure
+        "A line with a head at its end; dashed in training."
         p, color = np.array(points, float), color or (GREY if train else INK)
         def tip(a, b):                                     # a head at b, coming from a; where its line ends
             u = (b-a)/np.linalg.norm(b-a); n = .42*head*np.array([-u[1], u[0]])
@@ -44,20 +47,24 @@ class Pen:
         if both: line[0] = tip(p[1], p[0])
         self.ax.plot(*line.T, color=color, lw=lw, ls=DASH if train else "-", solid_joinstyle="round", zorder=3)
 
-    def pill(self, x, y, loss, w=32): # the name of a loss
+    def pill(self, x, y, loss, w=32): # points of the figure
+        "The name of a loss."
         self.box(x-w/2, y-7.5, w, 15, fill=BLUE, edge="none", r=7, zorder=5)
         self.say(x, y, loss, color="white", weight="bold", zorder=6)
 
-    def card(self, x, y, w, h, title, number="", loss="", fill="white", train=True): # a box, its loss, its title, its equation
+    def card(self, x, y, w, h, title, number="", loss="", fill="white", train=True): # points of the figure
+        "A box, its loss, its title, its equation."
         self.box(x, y, w, h, fill=fill, edge=GREY if train else INK, ls=DASH if train else "-")
         if loss: self.pill(x+26, y+15, loss)
         self.say(x + (48 if loss else 10), y+15, title, 9, ha="left", weight="bold")
         self.say(x+w-10, y+15, number, color=BLUE, ha="right")
 
-    def diamond(self, x, y, color=BLUE, old=False): # a prototype; hollow: where it was
+    def diamond(self, x, y, color=BLUE, old=False): # points of the figure
+        "A prototype; hollow: where it was."
         self.ax.fill([x-7, x, x+7, x], [y, y-7, y, y+7], facecolor="white" if old else color, edgecolor=color, lw=1.1, ls=(0, (2, 1)) if old else "-", zorder=5)
 
-    def dots(self, x, y, name, fp=False): # samples of a set; ringed where they are an FP too
+    def dots(self, x, y, name, fp=False): # points of the figure
+        "Samples of a set; ringed where they are an FP too."
         self.ax.scatter(x, y, s=30, color=SETS[name], lw=0, zorder=5)
         if fp: self.ax.scatter(x, y, s=82, facecolor="none", edgecolor=SETS["fp"], lw=1.3, zorder=5)
 
@@ -69,7 +76,7 @@ def views(
     step:int=10,           # how far each picture stands out behind the next
 )->tuple:                  # two `(h,w,3)` uint8
     "A clip as both streams see it: a stack of frames and one of heatmaps, each joint in its colour."
-    import cv2, torch
+    import torch
     from pcan.augment import resize, to_box
     from pcan.heatmap import heatmaps
     from pcan.skeleton import JOINT_COLORS

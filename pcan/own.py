@@ -192,10 +192,10 @@ def _link(source, to):
     os.replace(tmp, to)
 
 def write_frames(
-    path:Path,
+    path:Path,  # of the mp4
     frames,     # `(h,w,3)` uint8 RGB, one after the other
     size:tuple, # width and height, even
-    fps:float,
+    fps:float,  # frames a second
 ):
     "Write a video frame by frame, whole or not at all."
     import av

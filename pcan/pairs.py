@@ -71,7 +71,7 @@ def plot_pair(
     fig, axes = plt.subplots(len(rows), 2, figsize=(8.6, 1.62*len(rows)+.5), squeeze=False, gridspec_kw=dict(width_ratios=(2.6, 1)))
     for (title, strip, given), (left, ax) in zip(rows, axes):
         left.imshow(few_colours(strip), interpolation="none"); left.axis("off"); left.set_title(title, fontsize=8.5, weight="normal", pad=3)
-        for j,(s,values) in enumerate(given.items()):
+        for j,values in enumerate(given.values()):
             for i,v in enumerate(values):
                 at = j + (i-.5)*.38
                 ax.barh(at, 100*v, .34, color=PAIR_COLORS[i], label=MA52.actions[pair[i]] if j==0 else None); ax.text(100*v+2, at, f"{100*v:.0f}", va="center", fontsize=7, color="#444")
@@ -140,10 +140,12 @@ def positions(
 
 # %% ../nbs/77_pairs.ipynb #77-pairs-22
 def kept_positions(
-    run, split:str, pair:tuple,
-    name:str,      # of the figure whose CSV keeps them
+    run,        # whose weights
+    split:str,  # of whose clips
+    pair:tuple, # two action ids
+    name:str,   # of the figure whose CSV keeps them
     profile:str,
-):                 # DataFrame as `positions` gives it, or None
+):              # DataFrame as `positions` gives it, or None
     "Positions from the weights; without weights those that were kept; None if there are neither."
     import pandas as pd
     path = folder(profile, "figures", f"{name}.csv")

@@ -260,7 +260,7 @@ def check_sheet(
     keypoint:np.ndarray, # `(M,N,28,2)` pixels
     score:np.ndarray,    # `(M,N,28)`
     numbers=None,        # of the frames, written on them
-    columns:int=4,
+    columns:int=4,       # frames in a row
     height:int=240,      # of one frame, pixels
     banner:str="",       # written across
 )->np.ndarray:           # `(H,W,3)` uint8

@@ -56,7 +56,9 @@ def rot(
     return m(a,o,d, o,i,o, -d,o,a) @ m(i,o,o, o,b,-e, o,e,b) @ m(c,-f,o, f,c,o, o,o,i)
 
 # %% ../nbs/22_puppet.ipynb #22-puppet-14
-def unit(v):
+def unit(
+    v, # `(...,3)`
+):
     "Vectors of length one."
     return v/np.maximum(np.linalg.norm(v, axis=-1, keepdims=True), 1e-9)
 

@@ -107,7 +107,7 @@ LEDGER += [
 
 # %% ../nbs/65_readings.ipynb #65-readings-12
 def values(
-    row:Row,
+    row:Row,             # of the ledger
     readings:tuple=None, # what `two_readings` gives, to ask it once
 )->dict:                 # field -> its value in (our default, the released reading)
     "Both values of a row's fields."

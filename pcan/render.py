@@ -79,15 +79,16 @@ def look(
 # %% ../nbs/23_render.ipynb #23-render-12
 AA, SHIFT, ONE = cv2.LINE_AA, 4, 16   # antialiased, in sixteenths of a pixel
 
-def fixed(x): return np.round(np.asarray(x)*ONE).astype(np.int32)
-def whole(x): return np.asarray(x).astype(np.int32)
-def wide(x): return max(int(round(x)), 1)
-def shade(colour, k): return tuple(int(min(max(v*k, 0), 255)) for v in colour)
-def disc(img, c, radius, colour): cv2.circle(img, (int(c[0]), int(c[1])), wide(radius*ONE), colour, -1, AA, SHIFT)
-def stroke(img, points, colour, width): cv2.polylines(img, [whole(points)], False, colour, wide(width), AA, SHIFT)
-def ring(img, points, colour, width): cv2.polylines(img, [whole(points)], True, colour, wide(width), AA, SHIFT)
-def patch(img, points, colour): cv2.fillConvexPoly(img, whole(points), colour, AA, SHIFT)
-def oval(img, c, a, b, angle, colour, width=-1):
+def fixed(x): return np.round(np.asarray(x)*ONE).astype(np.int32) # pixels in OpenCV's fixed point
+def whole(x): return np.asarray(x).astype(np.int32) # numbers as OpenCV wants coordinates
+def wide(x): return max(int(round(x)), 1) # a line's width: at least one pixel
+def shade(colour, k): return tuple(int(min(max(v*k, 0), 255)) for v in colour) # a colour, `k` times as light
+def disc(img, c, radius, colour): cv2.circle(img, (int(c[0]), int(c[1])), wide(radius*ONE), colour, -1, AA, SHIFT) # middle in fixed point, radius in pixels
+def stroke(img, points, colour, width): cv2.polylines(img, [whole(points)], False, colour, wide(width), AA, SHIFT) # an open line, `(n,2)` in fixed point
+def ring(img, points, colour, width): cv2.polylines(img, [whole(points)], True, colour, wide(width), AA, SHIFT) # a closed one
+def patch(img, points, colour): cv2.fillConvexPoly(img, whole(points), colour, AA, SHIFT) # a convex shape, filled
+def oval(img, c, a, b, angle, colour, width=-1): # half axes in pixels, angle in degrees; width -1: filled
+    "An ellipse."
     cv2.ellipse(img, (int(c[0]), int(c[1])), (wide(a*ONE), wide(b*ONE)), angle, 0, 360, colour, width, AA, SHIFT)
 
 # %% ../nbs/23_render.ipynb #23-render-15

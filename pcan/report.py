@@ -91,7 +91,12 @@ def paper_claims(): # -> DataFrame by id: section, claim, metric, paper, unit
     return pd.read_csv(root()/"data"/"paper"/"claims.csv", index_col="id")
 
 # %% ../nbs/72_report.ipynb #72-report-17
-def emit(role:str, html:str, markdown:str="", **meta):
+def emit(
+    role:str,        # banner, data, table, verdict or provenance
+    html:str,        # what is shown
+    markdown:str="", # the same as plain text
+    **meta,          # further metadata
+):
     "Show HTML in a notebook and mark what it is for: banner, data, table, verdict or provenance."
     from IPython.display import display
     plain = markdown or re.sub(r"<[^>]+>", " ", html)
@@ -132,11 +137,18 @@ def data_line(profile:str):
     emit("data", f'<p class="data"><strong>Data</strong> {html.escape(text)}; fingerprint <code>{data_identity(p.data)[:12]}</code></p>')
 
 # %% ../nbs/72_report.ipynb #72-report-18
-def note(text:str):
+def note(
+    text:str, # plain
+):
     "A paragraph written by code. The text is escaped."
     emit("note", f"<p>{html.escape(text)}</p>", text)
 
-def facts(rows:dict, caption:str, profile:str, source:str=""):
+def facts(
+    rows:dict,     # name -> value
+    caption:str,
+    profile:str,
+    source:str="", # replaces the caption's `source_note`
+):
     "A two-column table of things worth knowing. `source` replaces the caption's `source_note`."
     cells = "".join(f'<tr><th scope="row">{html.escape(str(k))}</th><td class="text">{html.escape(str(v))}</td></tr>' for k,v in rows.items())
     emit("facts", f'<table class="facts"><caption>{html.escape(caption)} {source or source_note(profile)}</caption><tbody>{cells}</tbody></table>')
@@ -204,11 +216,13 @@ def _beside(rows, paper, more): # -> the cells of both forms: function from vari
     return mean.join(more), cell
 
 def show_groups(
-    rows:list,      # tidy rows
-    groups:dict,    # heading -> variants below it
-    more,           # DataFrame of further columns: text, by variant; its columns are headings
-    name:str, profile:str, caption:str,
-    paper,          # DataFrame of the paper's numbers
+    rows:list,   # tidy rows
+    groups:dict, # heading -> variants below it
+    more,        # DataFrame of further columns: text, by variant; its columns are headings
+    name:str,    # of the CSV
+    profile:str,
+    caption:str,
+    paper,       # DataFrame of the paper's numbers
 ):
     "Save tidy rows and show them under headings, the paper's number below each of ours."
     save_table(rows, name, profile)
@@ -226,7 +240,14 @@ def show_groups(
     emit("table", page, "\n".join(md), name=name, caption=text.replace("Below ours, in grey,", "In brackets")) # Markdown has neither
 
 # %% ../nbs/72_report.ipynb #72-report-25
-def show_texts(t, name:str, profile:str, caption:str, source:str="", prose=()):
+def show_texts(
+    t,             # DataFrame of text, one row per name in its index
+    name:str,      # of the CSV
+    profile:str,
+    caption:str,
+    source:str="", # replaces the caption's `source_note`
+    prose=(),      # columns that wrap and start at the left
+):
     "Show a DataFrame of text, one row per name in its index; its columns are headings. `source` replaces the caption's `source_note`; columns in `prose` wrap and start at the left."
     caption = f"{caption} {source or source_note(profile)}"
     line = lambda cells: "| " + " | ".join(cells) + " |"
@@ -236,7 +257,13 @@ def show_texts(t, name:str, profile:str, caption:str, source:str="", prose=()):
     body = "".join(f'<tr><th scope="row">{html.escape(v)}</th>' + "".join(f"<td{left[c]}>{html.escape(x)}</td>" for c,x in t.loc[v].items()) + "</tr>" for v in t.index)
     emit("table", f'<table class="results"><caption>{html.escape(caption)}</caption><thead><tr><td></td>{head}</tr></thead><tbody class="ours">{body}</tbody></table>', "\n".join(md), name=name, caption=caption)
 
-def show_table(rows:list, name:str, profile:str, caption:str, paper=None):
+def show_table(
+    rows:list,  # tidy
+    name:str,   # of the CSV
+    profile:str,
+    caption:str,
+    paper=None, # DataFrame of the paper's numbers
+):
     "Save tidy rows and show them beside the paper's."
     save_table(rows, name, profile)
     emit("table", table_html(rows, paper, profile, caption), table_markdown(rows, paper, profile), name=name, caption=f"{caption} {unit(wide(rows)[2])} {source_note(profile)}")
@@ -273,7 +300,11 @@ def difference_table(
     return found
 
 # %% ../nbs/72_report.ipynb #72-report-33
-def conclude(verdicts:list, profile:str, seeds:int=1):
+def conclude(
+    verdicts:list, # of `Verdict`
+    profile:str,
+    seeds:int=1,   # that stand behind them
+):
     "Show one line per claim. A smoke run decides nothing."
     if kind(profile)=="smoke": verdicts = [Verdict(v.claim, "cannot be told", f"a smoke run decides nothing; {v.why}") for v in verdicts]
     few = seeds==1 and kind(profile)!="smoke"
@@ -288,14 +319,19 @@ def conclude(verdicts:list, profile:str, seeds:int=1):
     emit("verdict", page, md, tally=short, headline=verdicts[0].claim, why=verdicts[0].why if len(verdicts[0].why)<150 else "", outcomes=[v.outcome for v in verdicts])
 
 # %% ../nbs/72_report.ipynb #72-report-36
-def duration(seconds:float)->str:
+def duration(
+    seconds:float, # of wall time
+)->str:
     "Seconds for people."
     s = int(round(seconds)); h, m = s//3600, s%3600//60
     return f"{h} h {m:02d} min" if h else f"{m} min {s%60:02d} s" if m else f"{s} s"
 
 VERSIONS = ("pcan", "python", "torch", "numpy", "accelerate", "opencv")
 
-def provenance(results:list, profile:str):
+def provenance(
+    results:list, # of `Result`
+    profile:str,
+):
     "The foot of a page."
     env = [r.environment for r in results]
     every = lambda f: "; ".join(dict.fromkeys(str(f(e)) for e in env if f(e)))

@@ -290,7 +290,10 @@ def overview_html(nbs:dict, profiles:dict, top:bool=False, others=())->str: # HT
     return shell(f"PCAN, replicated ({', '.join(used)})", menu(nbs, href=href, top=up), f"{first}<h1>PCAN, replicated: what came out</h1><p>{LEAD}</p>{contents(found)}{body}", foot)
 
 # %% ../nbs/76_site.ipynb #76-site-26
-def overview_markdown(nbs:dict, profiles:dict)->str:
+def overview_markdown(
+    nbs:dict,      # name -> executed notebook
+    profiles:dict, # name -> profile it was made with
+)->str:
     "The overview for GitHub, to stand in `reports/`."
     kinds = list(dict.fromkeys(kind(profiles[n]) for n in nbs))
     out = ["<!-- written by pcan.site; edits are lost -->", "# PCAN, replicated: what came out", LEAD]

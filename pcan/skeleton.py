@@ -57,7 +57,9 @@ class Skeleton:
         if len(set(sum(self.flips, ())))<2*len(self.flips): raise ValueError(f"flips: found a joint in two pairs of {self.flips}; expected one partner each")
 
     @property
-    def V(self)->int: return len(self.joints)
+    def V(self)->int:
+        "Number of joints."
+        return len(self.joints)
 
 # %% ../nbs/10_skeleton.ipynb #10-skeleton-15
 def sided(

@@ -78,8 +78,8 @@ def _streams(row): # names of the vectors in a row: {stream: (function for the a
     return {n: (pick(n), pick(f"{n}_coarse") if f"{n}_coarse" in row[key] else None) for n in row[key] if not n.endswith("_coarse")}
 
 def from_rows(
-    rows:list,       # of a pickle, in the list's order
-    clips:Listed,
+    rows:list,          # of a pickle, in the list's order
+    clips:Listed,       # of the list
     stream:str="fused", # one of the pickle's, or "fused": their mean
 )->Scored:
     "Scores of another system."
@@ -126,7 +126,7 @@ def data_of(source:str|Path, split:str="test")->Path: # a data set's folder
 
 def read_scores(
     source:str|Path,    # a run's name or folder, scores_*.npz, or a pickle
-    clips:Listed,
+    clips:Listed,       # of the list
     split:str="test",
     stream:str="fused", # or one stream alone
 )->Scored:              # in the list's order
@@ -176,7 +176,10 @@ def best(p:np.ndarray, k:int=5)->np.ndarray: # `(N,K)` -> `(N,k)` ids, best firs
     "The k best classes, all different; equal scores by id."
     return np.argsort(-p, axis=1, kind="stable")[:,:k]
 
-def csv_text(clips:Listed, s:Scored)->str:
+def csv_text(
+    clips:Listed, # of the list
+    s:Scored,     # of these clips
+)->str:
     "`prediction.csv`."
     out = io.StringIO()
     rows = csv.writer(out, lineterminator="\n")
@@ -184,7 +187,11 @@ def csv_text(clips:Listed, s:Scored)->str:
     rows.writerows((f"{n}.mp4", *a, *b) for n,a,b in zip(clips.name, best(s.action).tolist(), best(s.body).tolist()))
     return out.getvalue()
 
-def write_submission(path:str|Path, clips:Listed, s:Scored):
+def write_submission(
+    path:str|Path, # of the zip
+    clips:Listed,  # of the list
+    s:Scored,      # of these clips
+):
     "A zip with `prediction.csv` in it; the same scores give the same bytes."
     with atomic(path) as f, zipfile.ZipFile(f, "w", zipfile.ZIP_DEFLATED) as z:
         z.writestr(zipfile.ZipInfo("prediction.csv"), csv_text(clips, s), zipfile.ZIP_DEFLATED)
@@ -301,7 +308,10 @@ def test_model(
     run = replace(run, clip=spec, optim=replace(run.optim, batch=batch))
     return score(run, accelerator.prepare(laid_out(model.to(accelerator.device))), accelerator, Clips(data, split, spec), workers, everything)
 
-def keep_scores(path:str|Path, s:dict):
+def keep_scores(
+    path:str|Path, # of the npz
+    s:dict,        # name -> array
+):
     "Write scores as a finished run keeps them."
     with atomic(path) as f: np.savez_compressed(f, **s)
 

@@ -129,7 +129,12 @@ def cast(
     wrong, others = r.rand() < spec.label_noise, [k for k in MA52.children(MA52.parents[label]) if k != label]
     return s, session, label, int(others[r.randint(len(others))]) if wrong and split == "train" else label, r
 
-def clip_name(split, s, session, i):
+def clip_name(
+    split,
+    s,       # subject
+    session, # of the subject
+    i,       # number in the split
+):
     "MA-52's subject_session_clip, or test0000: names of test clips tell nothing."
     return f"test{i:04d}" if split == "test" else f"{s + 1:04d}_{session:02d}_{i + 5000*(split == 'val'):04d}"
 
@@ -145,7 +150,12 @@ class SynthClip(NamedTuple):
     subject: int          # person
     truth: np.ndarray     # `(T,28,2)` float32 pixels, without detector
 
-def camera(spec, s, session, r):
+def camera(
+    spec,    # of the set
+    s,       # subject
+    session, # of the subject
+    r,       # random stream
+):
     "One camera per session, moved a little from clip to clip."
     g = rng_of(spec.seed, 303, s, session); h, w = spec.size
     return Camera(g.uniform(-.28, .28) + .03*r.randn(), g.uniform(.10, .24), h/1.88*g.uniform(.94, 1.04),

@@ -74,7 +74,11 @@ def graph_of(s:Skeleton)->dict: # edges, centre; {} for our own joints, whose gr
     if len(s.edges)!=s.V-1: raise ValueError(f"edges: found {len(s.edges)} limbs between {s.V} joints; expected a tree of {s.V-1}, which graph networks need")
     return dict(edges=s.edges, centre=middle(s.edges))
 
-def sized(net, run, **more)->nn.Module:
+def sized(
+    net,    # a class or function that makes a network
+    run,    # whose sizes
+    **more, # further arguments
+)->nn.Module:
     "A network in the sizes of a run."
     known = {p for c in net.__mro__[:-1] for p in inspect.signature(c.__init__).parameters}
     if "edges" in known: more |= graph_of(run.clip.skeleton)
@@ -98,7 +102,11 @@ def backbone_of(run): # a module that has `widths` or `width`
 
 def _backbone(states): return [{k.removeprefix("backbone."): v for k,v in s.items() if k.startswith("backbone.")} for s in states]
 
-def join_pathways(model, states:list, stream:str|None):
+def join_pathways(
+    model,
+    states:list, # weights of each stream
+    stream:str|None,
+):
     "Begin with networks of one stream each, or go on from one."
     if stream: model.backbone.load_state_dict(*_backbone(states))
     else: join_(model.backbone, *_backbone(states))
@@ -123,7 +131,11 @@ def photos_18(model, stream:str|None):
     "Begin with torchvision's ResNet-18 of ImageNet, in every branch."
     from_images(model.net, image_models().resnet18(weights="IMAGENET1K_V1").state_dict())
 
-def join_branches(model, states:list, stream:str|None):
+def join_branches(
+    model,
+    states:list, # weights of each branch
+    stream:str|None,
+):
     "Begin with two trained branches, which stay as they are."
     join(model.net, *({k.removeprefix("net."): v for k,v in s.items() if k.startswith("net.")} for s in states))
 

@@ -26,13 +26,21 @@ class ActionTree:
             raise ValueError(f"found parent ids {bad}; expected ids 0 to {len(self.bodies)-1}, one per body part")
 
     @property
-    def K_A(self)->int: return len(self.actions)
+    def K_A(self)->int:
+        "Number of actions."
+        return len(self.actions)
     @property
-    def K_B(self)->int: return len(self.bodies)
+    def K_B(self)->int:
+        "Number of body parts."
+        return len(self.bodies)
     @cached_property
     def parent(self)->torch.Tensor: return torch.tensor(self.parents, device="cpu")  # (K_A,); kept, so not on whatever device is the default just now
 
-    def children(self, b:int)->list: return [k for k,p in enumerate(self.parents) if p==b]
+    def children(self,
+        b:int, # a body part's id
+    )->list:
+        "The ids of its actions."
+        return [k for k,p in enumerate(self.parents) if p==b]
 
     def _repr_markdown_(self):
         rows = [f"| {b} {n} | {', '.join(f'{k} {self.actions[k]}' for k in self.children(b))} |" for b,n in enumerate(self.bodies)]

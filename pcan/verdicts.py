@@ -72,10 +72,13 @@ class Difference(NamedTuple):
     p:float       # 1 - the level at which the interval ends at zero
     @property
     def base(self)->str:
+        "What it rests on, in words."
         people = f"{self.subjects} subjects, " if self.subjects<self.clips else ""
         return f"{self.seeds} seed{'s'*(self.seeds>1)}, {people}{self.clips:,} clips"
     @property
-    def ends(self)->str: return f"{100*self.lo:+.1f} to {100*self.hi:+.1f}".replace("-", "−")
+    def ends(self)->str:
+        "Its interval, in points."
+        return f"{100*self.lo:+.1f} to {100*self.hi:+.1f}".replace("-", "−")
     def __str__(self): return f"{100*self.value:+.1f} points".replace("-", "−") + f" ({100*self.level:.3g}% interval {self.ends}; {self.base})"
 
 @lru_cache(maxsize=8)
@@ -119,10 +122,10 @@ def _check(ours, theirs): # same seeds, clips and people
         raise ValueError(f"found {len(ours)} and {len(theirs)} runs, or other clips; expected the same seeds scored on the same clips")
 
 def difference(
-    ours:list,   # `Predictions`, one per seed
-    theirs:list, # the same of what we compare with, same seeds and clips
+    ours:list,            # `Predictions`, one per seed
+    theirs:list,          # the same of what we compare with, same seeds and clips
     metric:str="f1_mean", # see `score`
-    level:float=.95,
+    level:float=.95,      # of the interval
 )->Difference:
     "How much better ours is, with its interval. Both need the same seeds and the same clips."
     _check(ours, theirs)
@@ -137,14 +140,22 @@ class Verdict:
     outcome:str # "holds", "does not hold", "cannot be told"
     why:str     # the number and its interval, or the reason
 
-def judge(claim:str, *diffs)->Verdict:
+def judge(
+    claim:str, # a sentence
+    *diffs,    # of `Difference`
+)->Verdict:
     "The claim is that every difference is above zero."
     if all(d.lo>0 for d in diffs): outcome = "holds"
     elif any(d.hi<0 for d in diffs): outcome = "does not hold"
     else: outcome = "cannot be told"
     return Verdict(claim, outcome, "; ".join(map(str, diffs)))
 
-def best_of(claim:str, ours:list, others:dict, metric:str)->Verdict:
+def best_of(
+    claim:str,   # a sentence
+    ours:list,   # `Predictions`, one per seed
+    others:dict, # name -> the same of another setting
+    metric:str,  # see `score`
+)->Verdict:
     "The claim that one setting beats each of several others."
     d = {k: difference(ours, v, metric, 1-.05/len(others)) for k,v in others.items()}
     v = judge(claim, *d.values()); x = next(iter(d.values()))
@@ -170,9 +181,11 @@ def mcnemar(
     return McNemar(n, m, float(binomtest(n, n+m).pvalue) if n+m else 1.)
 
 def flip_test(
-    ours:list, theirs:list,   # `Predictions`, one per seed
+    ours:list,                # `Predictions`, one per seed
+    theirs:list,              # the same of what we compare with
     metric:str="action_top1", # or "body_top1"
-    R:int=9999, seed:int=0,
+    R:int=9999,               # flips
+    seed:int=0,               # of the flips
 )->float:                     # p, two-sided
     "Sign-flip permutation test over subjects, on correctness averaged over seeds."
     _check(ours, theirs)

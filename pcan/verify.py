@@ -77,7 +77,9 @@ def compare(
 
 # %% ../nbs/79_verify.ipynb #79-verify-17
 @contextmanager
-def store(at:Path):
+def store(
+    at:Path, # a folder
+):
     "Inside, runs are written to `at` and read from there."
     before = os.environ.get("PCAN_REPORTS")
     os.environ["PCAN_REPORTS"] = str(at)
@@ -92,7 +94,9 @@ class Verified:
     why:dict     # run -> why equality was not asked for; absent if it was
 
     @property
-    def ok(self)->bool: return not any(r.outcome=="differs" for r in self.rows)
+    def ok(self)->bool:
+        "Does nothing differ?"
+        return not any(r.outcome=="differs" for r in self.rows)
 
 # %% ../nbs/79_verify.ipynb #79-verify-18
 def verify(
@@ -119,7 +123,9 @@ def verify(
 def _why(off, a, b)->str: return ", ".join(f"{k}: {a.get(k) or 'not said'} then, {b.get(k) or 'not said'} now" for k in off)
 
 # %% ../nbs/79_verify.ipynb #79-verify-20
-def text(v:Verified)->str:
+def text(
+    v:Verified, # what came out
+)->str:
     "A table of the numbers and what it comes to."
     shown = [r for r in v.rows if r.stream=="fused" or r.outcome=="differs"]
     width = max([len("run"), *(len(r.run) for r in shown)])

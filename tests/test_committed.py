@@ -50,7 +50,7 @@ def predictions_of(label, profile="bench"):
 
 def figure_data(name):
     "What the data of a figure of profile bench has to be, from the kept scores alone."
-    import numpy as np, pandas as pd
+    import pandas as pd
     from pcan import errors, figures
     from pcan.tree import MA52
     base, ours = p = [predictions_of(k) for k in ("PoseConv3D", "PCAN")]

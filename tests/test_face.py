@@ -7,7 +7,7 @@ import pcan
 def test_every_name_is_there(name): assert getattr(pcan, name) is not None
 
 def test_unknown_name():
-    with pytest.raises(AttributeError, match="pcan has no 'PCAM'"): pcan.PCAM
+    with pytest.raises(AttributeError, match="pcan has no 'PCAM'"): _ = pcan.PCAM
 
 @pytest.mark.parametrize("modules", ["pcan", "pcan.runs"])
 def test_training_needs_no_viewer(modules):

@@ -126,7 +126,7 @@ def photo_net(*blocks):
 def hooked(photo, net, T):
     "The photo network on frames in the batch, with what `net` does before `conv1` hooked in."
     blocks = [b for stage in net.backbone.stages() for b in stage]
-    for b,(name,c) in zip(blocks, [(n,m) for n,m in photo.named_modules() if n.startswith('layer') and n.endswith('.conv1')], strict=True):
+    for b,c in zip(blocks, [m for n,m in photo.named_modules() if n.startswith('layer') and n.endswith('.conv1')], strict=True):
         if hasattr(b.conv1, 'mix'): c.register_forward_pre_hook(lambda m,a,mix=b.conv1.mix: (frames(mix(clips(a[0], T))),))
     return photo
 

@@ -452,7 +452,7 @@ def shared_batch(model, B=24):
     "Inputs, and labels such that all four sets of the RGB stream hold somebody."
     rgb, pose, _ = inputs(B)
     with torch.no_grad():
-        for n,h in model.heads.items():
+        for h in model.heads.values():
             h.W1.weight.normal_(std=.5, generator=torch.Generator().manual_seed(2)); h.W_b.weight.copy_(h.W1.weight[[0,5,11,24,32,38,48]]*2)
         s = model(rgb, pose)["rgb"]
     a, b = s.action.argmax(1), s.body.argmax(1)

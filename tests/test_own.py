@@ -8,7 +8,7 @@ import pytest
 from pcan import config, own, runs
 from pcan.data import SPLITS, inputs, people, read_split
 from pcan.files import DataError, atomic, read_json, write_json
-from pcan.skeleton import LAYOUTS, Skeleton
+from pcan.skeleton import LAYOUTS
 from pcan.validation import validate
 from pcan.video import open_video
 
@@ -318,7 +318,7 @@ def test_frames_alone(given, root):
     assert set(runs.get(config.make("tsn", "smoke@films"), progress=False).metrics)=={"val", "test"}
 
 def test_command(given, root, capsys):
-    from pcan.cli import own as command, train
+    from pcan.cli import own as command
     labels, clips, poses = given
     assert command([str(labels), "mine", "--videos", str(clips), "--skeletons", *map(str, poses)])==0
     assert "next: pcan_train pcan --profile quick@mine" in capsys.readouterr().out

@@ -1,7 +1,7 @@
 """Poses of one's own videos: what is decoded, what is kept, what comes back, and what is said when something is wrong.
 
 What needs mmpose is marked `pose` and runs as a user would run it: the command, from this environment, into `.venv-pose`."""
-import json, os, pickle, subprocess, sys
+import json, os, subprocess, sys
 from fractions import Fraction
 from pathlib import Path
 import numpy as np
@@ -10,8 +10,8 @@ import torch
 from pcan import cli, pose, video as reading, wholebody
 from pcan.data import Clip, read_keypoints
 from pcan.files import DataError, load_pickle
-from pcan.pose import as_row, best, check_sheet, estimate, estimate_video, find_videos, fixed_box, read_video, part_path, read_part, settings_of, whole_frame, write_sheet
-from pcan.skeleton import JOINTS, WHOLEBODY, from_wholebody
+from pcan.pose import as_row, best, check_sheet, estimate, estimate_video, find_videos, fixed_box, read_video, part_path, settings_of, whole_frame, write_sheet
+from pcan.skeleton import JOINTS, from_wholebody
 from pcan.video import video
 from pcan.wholebody import load_weights
 from tinyset import write_video

@@ -254,7 +254,7 @@ def test_from_single_streams(model, kind, tmp_path):
     assert said == dict(filled=['rgb', 'pose'], left=['to_rgb', 'to_pose', 'interact', 'heads.rgb', 'heads.pose'])
     for m in model.backbone.interact: m.eval(); [(nn.init.zeros_(c.weight), nn.init.zeros_(c.bias)) for c in (m.rgb_out, m.pose_out)]
     with torch.no_grad():
-        for x,(s,m),clip in zip(model.eval().backbone(*clips()), ones.items(), clips()): close(x, m.eval().backbone(clip), 1e-5)
+        for x,m,clip in zip(model.eval().backbone(*clips()), ones.values(), clips()): close(x, m.eval().backbone(clip), 1e-5)
 
 def test_from_photographs():
     "torchvision's ResNet-50, inflated; the other pathway is left."

@@ -1,16 +1,16 @@
 "Scores of a model, and the file for Codabench."
-import csv, io, os, pickle, subprocess, sys, warnings, zipfile
+import csv, io, os, pickle, zipfile
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import pytest, torch
 from pcan import cli, config, runs, submit
 from pcan.augment import prepare
-from pcan.clips import Clips, loader
+from pcan.clips import Clips
 from pcan.data import read_list
-from pcan.files import DataError, data_dir
+from pcan.files import data_dir
 from pcan.metrics import evaluate
-from pcan.model import RELEASED, fuse, pcan
+from pcan.model import RELEASED, pcan
 from pcan.released import load, save
 from pcan.rgbpose import PAPER, RGBPoseConv3D, Sizes
 from pcan.tree import MA52
