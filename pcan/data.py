@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from torch.utils.data import DataLoader, Dataset, Sampler
 from .augment import ClipSpec, compact_box, crop, random_box, resize, sample_dense, sample_uniform, to_box
-from .files import DataError, data_dir, load_pickle, one_at_a_time, pool, read_json, sha256_file, sha256_json, write_json
+from .files import DataError, data_dir, load_pickle, one_at_a_time, pool, read_json, sha256_file, sha256_json, shown, write_json
 from .skeleton import LAYOUTS, Skeleton
 from .tree import MA52, ActionTree
 
@@ -71,10 +71,10 @@ def read_list(
     for n,line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         if not (parts:=line.split()): continue
         name, label = clip_name(parts[0]), parts[-1]
-        wrong = (_LINE if len(parts)!=2 or not label.isdigit() else
+        wrong = (_LINE if len(parts)!=2 or not (label.isascii() and label.isdigit() and len(label)<9) else
                  f"a label from 0 to {tree.K_A-1}" if int(label)>=tree.K_A else
                  "every video once" if name in out else "")
-        if wrong: _complain(problems, _said(f"{path}, line {n}", repr(line.strip()), wrong))
+        if wrong: _complain(problems, _said(f"{path}, line {n}", shown(line.strip()), wrong))
         else: out[name] = int(label)
     if not out: _complain(problems, _said(path, "no video", f"one per line: {_LINE}"))
     return out
@@ -200,7 +200,12 @@ def _few(lines, many): # a line for each of a few, one for many
 def _told(root): # rows of annotations/clips.csv, of a data set of one's own
     file = Path(root)/"annotations"/"clips.csv"
     if not file.is_file(): return []
-    with open(file, encoding="utf-8", newline="") as f: return list(csv.DictReader(f))
+    try:
+        with open(file, encoding="utf-8", newline="") as f: rows = [r | dict(seconds=float(r["seconds"]) if r.get("seconds") else None) for r in csv.DictReader(f)]
+        if all(r["clip"] and 0<=(r["seconds"] or 0)<1e9 for r in rows): return rows
+        why = "a clip without a name, or of a strange length"
+    except (ValueError, KeyError, TypeError, csv.Error) as e: why = f"{type(e).__name__}: {e}"
+    raise DataError(_said(file, shown(why), "clip, subject and seconds of every clip; run `pcan_own` again"))
 
 def people(
     root:str|Path, # a data set's folder
@@ -213,7 +218,7 @@ def lengths(
     root:str|Path, # a data set's folder
 )->dict:           # clip name -> seconds, None without a video; {} where it does not say
     "How long the clips of a data set of your own are."
-    return {r["clip"]: float(r["seconds"]) if r.get("seconds") else None for r in _told(root)}
+    return {r["clip"]: r["seconds"] for r in _told(root)}
 
 # %% ../nbs/11_data.ipynb #11-data-34
 def video(

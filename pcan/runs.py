@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'RECIPE', 'BEST', 'ALPHAS', 'LAMBDAS', 'LONG', 'Profile', 'profile_of', 'Run', 'stated', 'make', 'seen',
-           'belongs', 'check_asked', 'from_dict', 'singles', 'weights', 'trained_as', 'begin', 'data_identity',
-           'ensure_data', 'has_video', 'data_root', 'clips_of', 'Result', 'played_by', 'with_fused', 'everything',
-           'kept', 'measure', 'environment', 'locked', 'get', 'score', 'train', 'adopt', 'cost', 'start', 'fill_cache',
-           'epochs_done', 'begins_with', 'unfinished', 'RunError', 'TimeUp', 'get_all', 'table1', 'systems', 'table2',
-           'table3', 'alone', 'readings', 'choices', 'repairs', 'own_runs', 'plan', 'agreement']
+           'belongs', 'check_asked', 'from_dict', 'read_run', 'singles', 'weights', 'trained_as', 'begin',
+           'data_identity', 'ensure_data', 'has_video', 'data_root', 'clips_of', 'Result', 'played_by', 'with_fused',
+           'everything', 'kept', 'measure', 'environment', 'locked', 'get', 'score', 'train', 'adopt', 'cost', 'start',
+           'fill_cache', 'epochs_done', 'begins_with', 'unfinished', 'RunError', 'TimeUp', 'get_all', 'table1',
+           'systems', 'table2', 'table3', 'alone', 'readings', 'choices', 'repairs', 'own_runs', 'plan', 'agreement']
 
 # %% ../nbs/71_runs.ipynb #71-runs-02
 import csv, fcntl, os, platform, re, resource, subprocess, sys, time
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from .augment import ClipSpec, prepare
 from .data import Clips, check_same, declared, has_own_test, inputs, loader, manifest_sha, people, video
-from .files import DataError, atomic, data_dir, read_json, reports_dir, root, sha256_json, write_json
+from .files import DataError, atomic, data_dir, load_npz, read_json, reports_dir, root, sha256_json, shown, write_json
 from .metrics import evaluate
 from .model import GROUPS, READINGS, STREAMS, Method, best_child, flip, fuse
 from .repaired import Repair
@@ -96,6 +96,8 @@ class Run:
     def __post_init__(self):
         for field,known in (("stream", (None, *STREAMS)), ("start", ("random", "single", "imagenet"))):
             if getattr(self, field) not in known: raise ValueError(f"Run.{field}: found {getattr(self, field)!r}, expected one of {known}")
+        for field,form,like in (("system", r"\w+", "pcan"), ("profile", r"\w[\w.-]*(@\w[\w.-]*)?", "quick or quick@mine"), ("data", r"\w[\w.-]*(/\w[\w.-]*)*", "a folder below data/")):   # parts of paths
+            if not re.fullmatch(form, getattr(self, field), re.ASCII): raise ValueError(f"Run.{field}: found {shown(getattr(self, field))}, expected a name like {like}")
         if self.first and self.start!="single": raise ValueError(f"found Run.first with start={self.start!r}; it belongs to start='single'")
 
     @property
@@ -178,14 +180,30 @@ def check_asked(system, reading, stream, start, net, changes):
 
 # %% ../nbs/71_runs.ipynb #71-runs-13
 def from_dict(cls, d:dict):
-    "Build a (nested) dataclass from what `asdict` and JSON made of it. A `ValueError` names unknown fields."
-    if d is None: return None
-    if unknown:=set(d) - {f.name for f in fields(cls)}: raise ValueError(f"{cls.__name__}: unknown field {', '.join(sorted(unknown))}; known are {', '.join(f.name for f in fields(cls))}")
-    kinds = {f.name: type(f.default) if is_dataclass(f.default) else next((t for t in get_args(f.type) if is_dataclass(t)), None) for f in fields(cls)}
-    def read(name, v):
-        if isinstance(v, dict) and kinds[name]: return from_dict(kinds[name], v)
-        return tuple(read(name, x) for x in v) if isinstance(v, list) else v
-    return cls(**{k: read(k, v) for k,v in d.items()})
+    "Build a (nested) dataclass from what `asdict` and JSON made of it. A `ValueError` names unknown fields, and values of another kind than the field's."
+    if not isinstance(d, dict): raise ValueError(f"{cls.__name__}: found {shown(d)}; expected a JSON object with its fields")
+    known = {f.name: get_args(f.type) or (f.type,) for f in fields(cls)}               # name -> kinds of values
+    if unknown:=set(d)-set(known): raise ValueError(f"{cls.__name__}: unknown field {', '.join(shown(k)[1:-1] for k in sorted(unknown)[:5])}; known are {', '.join(known)}")
+    try: return cls(**{k: _value(f"{cls.__name__}.{k}", v, known[k]) for k,v in d.items()})
+    except TypeError as e: raise ValueError(f"{cls.__name__}: {e}") from None          # a field without a default is missing
+
+def _value(name, v, kinds): # as one of the kinds: a dataclass, tuple, dict, number, text or None
+    nested = next((t for t in kinds if is_dataclass(t)), None)
+    if nested and isinstance(v, dict): return from_dict(nested, v)
+    if isinstance(v, (list, tuple)) and tuple in kinds: return tuple(_inside(name, x) for x in v)
+    if type(v) in kinds and not (type(v) is float and not np.isfinite(v)) or v is None and type(None) in kinds: return v
+    if type(v) is int and float in kinds and abs(v)<1e300: return v
+    raise ValueError(f"{name}: found {shown(v)}; expected {' or '.join('nothing' if t is type(None) else dict(tuple='a list', str='text', bool='true or false').get(t.__name__, t.__name__) for t in kinds)}")
+
+def _inside(name, v): # of a tuple: numbers, texts, or tuples of them
+    if isinstance(v, (list, tuple)): return tuple(_inside(name, x) for x in v)
+    if v is None or isinstance(v, (str, int)) or isinstance(v, float) and np.isfinite(v): return v
+    raise ValueError(f"{name}: found {shown(v)} in it; expected numbers or texts")
+
+def read_run(path:str|Path)->Run: # `config.json` of a run
+    "A run from its file. A `DataError` says what is wrong with it."
+    try: return from_dict(Run, read_json(path))
+    except ValueError as e: raise DataError(str(e) if isinstance(e, DataError) else f"{path}: not the configuration of a run ({e}); expected what `pcan_train` writes as config.json") from None
 
 # %% ../nbs/71_runs.ipynb #71-runs-15
 def singles(run:Run)->list: # one or two runs
@@ -262,7 +280,7 @@ class Result:
 
     def __post_init__(self):
         self.config, self.environment, self.metrics = (read_json(self.path/f"{n}.json") for n in ("config", "environment", "metrics"))
-        if (was:=from_dict(Run, self.config))!=self.run:
+        if (was:=read_run(self.path/"config.json"))!=self.run:
             raise DataError(f"{self.path/'config.json'}: this run was made with {stated(was)}, asked for is {stated(self.run)}; a default has changed since, so raise RECIPE")
         number = lambda s: "" if s=="" else float(s)
         with open(self.path/"history.csv", encoding="utf-8") as f: self.history = [{k: number(v) for k,v in r.items()} for r in csv.DictReader(f)]
@@ -270,7 +288,7 @@ class Result:
     def scores(self, split:str=None)->dict:
         "Labels and probabilities of every clip: `name`, `y_a`, `y_b`, `subject` where names do not tell, and `<stream>_action`, `<stream>_body` for rgb, pose and fused."
         split = split or self.run.split
-        with np.load(self.path/f"scores_{split}.npz", allow_pickle=False) as z: s = dict(z)
+        s = load_npz(self.path/f"scores_{split}.npz")
         return with_fused(s | played_by(self.run.data, split, s), self.run.tree)
 
 # %% ../nbs/71_runs.ipynb #71-runs-21
