@@ -17,9 +17,14 @@ def _command(f):
     def main(argv=None):
         try: return f(argv) or 0
         except (DataError, ValueError, OSError) as e: print(plain(f"pcan_{f.__name__}: {e}"), file=sys.stderr)
+        except ModuleNotFoundError as e:
+            if not e.name or e.name.startswith("pcan"): raise
+            print(f"pcan_{f.__name__}: found no {e.name}; expected it, so `pip install 'pcan[{_EXTRA.get(e.name.split('.')[0], 'notebook')}]'`", file=sys.stderr)
         return 2
     main.__name__, main.__doc__ = f.__name__, f.__doc__
     return main
+
+_EXTRA = {m: x for x,ms in dict(export="onnx onnxruntime onnxscript", demo="starlette uvicorn jinja2 multipart").items() for m in ms.split()}   # what else is asked for is in `notebook`
 
 def _parser(f, **kw): return argparse.ArgumentParser(prog=f"pcan_{f}", formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kw)
 

@@ -36,7 +36,7 @@ def root()->Path: # absolute path of the project
     for start in (Path.cwd(), Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()):
         for p in (start, *start.parents):
             ini = p/"settings.ini"
-            if ini.is_file() and "lib_name = pcan" in ini.read_text(encoding="utf-8"): return p
+            if ini.is_file() and "lib_name = pcan\n" in ini.read_text(encoding="utf-8", errors="replace"): return p
     return Path.cwd()
 
 def data_dir()->Path: # `root()/data`

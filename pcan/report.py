@@ -7,7 +7,7 @@ __all__ = ['EXPERIMENTS', 'OWN', 'THOROUGH', 'THOROUGH_IN', 'COMMAND', 'METRICS'
            'tidy', 'save_table', 'read_table', 'paper_table', 'paper_claims', 'emit', 'kind', 'source_note',
            'printed_note', 'banner', 'data_line', 'note', 'facts', 'wide', 'unit', 'table_html', 'table_markdown',
            'show_groups', 'show_texts', 'show_table', 'difference_table', 'conclude', 'duration', 'provenance',
-           'experiments_of', 'execute', 'roles', 'executed', 'runs_of']
+           'experiments_of', 'notebooks', 'execute', 'roles', 'executed', 'runs_of']
 
 # %% ../nbs/72_report.ipynb #72-report-02
 import html, re
@@ -323,13 +323,19 @@ def _clean(nb, name, profile):
     nb.metadata = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}, "pcan": dict(name=name, profile=profile)}
     return nb
 
+def notebooks()->Path:
+    "The folder of the experiment notebooks. A `DataError` where only the package is installed."
+    here = root()/"nbs"/"experiments"
+    if not here.is_dir(): raise DataError(f"{here}: no such folder; the experiments are notebooks of the repository and do not come with the installed package: clone it and work there, or set PCAN_ROOT to where it is")
+    return here
+
 def execute(
     profile:str="smoke", # the parameter every notebook gets
     only=None,           # names from `EXPERIMENTS`; all by default
 )->list:                 # paths of the executed notebooks
     "Run experiment notebooks; executed copies go to `reports/<profile>/pages/`. A failing cell raises and names its notebook."
     import nbformat, papermill
-    names, here, out = [only] if isinstance(only, str) else list(only or experiments_of(profile)), root()/"nbs"/"experiments", []
+    names, here, out = [only] if isinstance(only, str) else list(only or experiments_of(profile)), notebooks(), []
     known = OWN if "@" in profile else EXPERIMENTS
     if odd := [n for n in names if n not in known]: raise ValueError(f"found {', '.join(odd)}; expected names from {', '.join(known)}")
     for n in names:
