@@ -144,7 +144,7 @@ def _config(path, meta): # run, card
 
 # %% ../nbs/95_checkpoint.ipynb #95-checkpoint-13
 def _sketch(run, most): # names and shapes of a run's network, without its memory; a ValueError for sizes that cannot be
-    numbers = lambda x: [v for y in x for v in numbers(y)] if isinstance(x, (list, tuple)) else numbers(x.values()) if isinstance(x, dict) else [x] if type(x) is int else []
+    numbers = lambda x: [v for y in x for v in numbers(y)] if isinstance(x, (list, tuple)) else numbers(list(x.values())) if isinstance(x, dict) else [x] if type(x) is int else []
     clip, net = run.clip, asdict(run.net)
     if max(map(abs, numbers([net, run.sizes, clip.rgb_frames, clip.pose_frames, clip.side, clip.rgb_size, clip.pose_size, clip.test_size, clip.clips_test])))>10_000: raise ValueError("a size above 10,000")
     if sum(abs(b) for p in ("rgb", "pose") for b in numbers(net[p]["blocks"]))>most: raise ValueError(f"more blocks than the {most:,} tensors of the file")

@@ -12,6 +12,7 @@ __all__ = ['EXPERIMENTS', 'OWN', 'THOROUGH', 'THOROUGH_IN', 'COMMAND', 'METRICS'
 # %% ../nbs/72_report.ipynb #72-report-02
 import html, re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 
@@ -153,6 +154,9 @@ def unit(n)->str: # a sentence of the caption
     n = n.drop("Majority class", errors="ignore")
     return "Percent." if max(n)==1 else f"Percent; mean ± standard deviation over {max(n)} seeds{', one seed where there is no ±' if min(n)==1 else ''}."
 
+def _plain(v): # a label in a Markdown table: its bars and tags are text
+    return re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", str(v)).replace("|", "\\|").replace("\n", " ")
+
 def _block(heading, table, cell, cls): # one <tbody>
     head = f'<tr class="block"><th colspan="{table.shape[1]+1}" scope="rowgroup">{html.escape(heading)}</th></tr>'
     return f'<tbody class="{cls}">{head}' + "".join(f'<tr><th scope="row">{html.escape(str(v))}</th>' +
@@ -186,7 +190,7 @@ def table_markdown(rows, paper, profile:str)->str:
     line = lambda cells: "| " + " | ".join(cells) + " |"
     out = [line(["", *(METRICS[m].replace("<br>", " ") for m in mean)]), "|---|" + "--:|"*mean.shape[1]]
     cell = lambda v, m: "–" if np.isnan(mean.at[v, m]) else f"{mean.at[v, m]:.2f}" + ("" if np.isnan(std.at[v, m]) else f" ±{std.at[v, m]:.2f}")
-    out += [line([str(v), *(cell(v, m) for m in mean)]) for v in mean.index]
+    out += [line([_plain(v), *(cell(v, m) for m in mean)]) for v in mean.index]
     if paper is not None: out += [line([f"*paper, MA-52: {v}*", *(f"*{paper.at[v, m]:.2f}*" for m in mean)]) for v in paper.index]
     return "\n".join(out)
 
@@ -219,7 +223,7 @@ def show_groups(
     page = f'<table class="results"><caption>{html.escape(text)}</caption><thead><tr><td></td>{head}</tr></thead>{"".join(_block(g, table.loc[vs], td, "ours") for g,vs in groups.items())}</table>'
     line = lambda cells: "| " + " | ".join(cells) + " |"
     md = [line(["", *(h.replace("<br>", " ") for h in heads.values())]), "|---|" + "--:|"*len(heads)]
-    md += [line([v, *(" ".join(filter(None, (o, t and f"*({t})*"))) for o,t in (cell(v, m) for m in table))]) for vs in groups.values() for v in vs]
+    md += [line([_plain(v), *(" ".join(filter(None, (o, t and f"*({t})*"))) for o,t in (cell(v, m) for m in table))]) for vs in groups.values() for v in vs]
     emit("table", page, "\n".join(md), name=name, caption=text.replace("Below ours, in grey,", "In brackets")) # Markdown has neither
 
 # %% ../nbs/72_report.ipynb #72-report-25
@@ -227,7 +231,7 @@ def show_texts(t, name:str, profile:str, caption:str, source:str="", prose=()):
     "Show a DataFrame of text, one row per name in its index; its columns are headings. `source` replaces the caption's `source_note`; columns in `prose` wrap and start at the left."
     caption = f"{caption} {source or source_note(profile)}"
     line = lambda cells: "| " + " | ".join(cells) + " |"
-    md = [line(["", *(c.replace("<br>", " ") for c in t)]), "|---|" + "".join("---|" if c in prose else "--:|" for c in t), *(line([v, *t.loc[v]]) for v in t.index)]
+    md = [line(["", *(c.replace("<br>", " ") for c in t)]), "|---|" + "".join("---|" if c in prose else "--:|" for c in t), *(line(map(_plain, [v, *t.loc[v]])) for v in t.index)]
     left = {c: ' class="text"' if c in prose else "" for c in t}
     head = "".join(f'<th scope="col"{left[c]}>{c}</th>' for c in t)
     body = "".join(f'<tr><th scope="row">{html.escape(v)}</th>' + "".join(f"<td{left[c]}>{html.escape(x)}</td>" for c,x in t.loc[v].items()) + "</tr>" for v in t.index)
@@ -264,7 +268,7 @@ def difference_table(
     note = f"{caption} Points; 95% intervals below; a star: real also after Holm's correction for all {len(rows)} cells. {source_note(profile)}"
     words = "A smoke run decides nothing." if kind(profile)=="smoke" else in_words(table)
     line = lambda cells: "| " + " | ".join(cells) + " |"
-    md = "\n".join([line(["", *(METRICS[m].replace("<br>", " ") for m in metrics)]), "|---|" + "--:|"*len(metrics)] + [line([k, *("{} ({})".format(*text(k, m)) for m in metrics)]) for k in pairs])
+    md = "\n".join([line(["", *(METRICS[m].replace("<br>", " ") for m in metrics)]), "|---|" + "--:|"*len(metrics)] + [line([_plain(k), *("{} ({})".format(*text(k, m)) for m in metrics)]) for k in pairs])
     emit("differences", f'<table class="results"><caption>{html.escape(note)}</caption><thead><tr><td></td>{head}</tr></thead><tbody class="ours">{body}</tbody></table>', md, name=name, caption=note)
     emit("note", f"<p>{html.escape(words)}</p>", words)
     return found
@@ -335,6 +339,7 @@ def execute(
 )->list:                 # paths of the executed notebooks
     "Run experiment notebooks; executed copies go to `reports/<profile>/pages/`. A failing cell raises and names its notebook."
     import nbformat, papermill
+    kind(profile)                                              # a ValueError for a name that is none, before a kernel is started
     names, here, out = [only] if isinstance(only, str) else list(only or experiments_of(profile)), notebooks(), []
     known = OWN if "@" in profile else EXPERIMENTS
     if odd := [n for n in names if n not in known]: raise ValueError(f"found {', '.join(odd)}; expected names from {', '.join(known)}")

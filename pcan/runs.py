@@ -65,7 +65,7 @@ def profile_of(
     name:str, # of a row, or `row@data`: that row's scale on a data set of your own, the folder `data/<data>`
 )->Profile:
     "A row of the table. A `ValueError` lists the names there are."
-    scale, at, data = name.partition("@")
+    scale, at, data = name.partition("@") if isinstance(name, str) else (None, "", "")
     if scale not in PROFILES: raise ValueError(f"profile: found {name!r}, expected one of {', '.join(PROFILES)}, or one of them with @ and a folder below data/")
     if not at: return PROFILES[scale]
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", data, re.ASCII):
@@ -98,6 +98,7 @@ class Run:
             if getattr(self, field) not in known: raise ValueError(f"Run.{field}: found {getattr(self, field)!r}, expected one of {known}")
         for field,form,like in (("system", r"\w+", "pcan"), ("profile", r"\w[\w.-]*(@\w[\w.-]*)?", "quick or quick@mine"), ("data", r"\w[\w.-]*(/\w[\w.-]*)*", "a folder below data/")):   # parts of paths
             if not re.fullmatch(form, getattr(self, field), re.ASCII): raise ValueError(f"Run.{field}: found {shown(getattr(self, field))}, expected a name like {like}")
+        if type(self.seed) is bool or not isinstance(self.seed, (int, np.integer)): raise ValueError(f"Run.seed: found {shown(self.seed)}, expected a whole number")
         if self.first and self.start!="single": raise ValueError(f"found Run.first with start={self.start!r}; it belongs to start='single'")
 
     @property
