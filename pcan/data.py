@@ -96,12 +96,12 @@ def read_keypoints(
         else:
             name = clip_name(name)
             wrong = _wrong(row, V) or (("the name twice", "every clip once") if name in out else None)
-            wrong = wrong and _said(f"{path}, {name}", *wrong)
+            wrong = wrong and _said(f"{path}, {shown(name)[1:-1]}", *wrong)
         if wrong: _complain(problems, wrong)
         else: out[name] = _best_person(row)
     return out
 
-def _kind(x): return f"keys {sorted(map(str, x))[:8]}" if isinstance(x, dict) else type(x).__name__
+def _kind(x): return f"keys {shown(sorted(map(str, x))[:8], 300)}" if isinstance(x, dict) else type(x).__name__
 
 # %% ../nbs/11_data.ipynb #11-data-18
 def _scores(row): # (M,T,V), ones if there are none
@@ -117,13 +117,13 @@ def _wrong(row, V): # what was found and expected, if something is wrong with a 
     if kp.ndim!=4 or kp.shape[2:]!=(V,2) or 0 in kp.shape:
         known = [name for name,s in LAYOUTS.items() if kp.ndim==4 and s.V==kp.shape[2]!=V]
         return f"keypoints of shape {list(kp.shape)}" + (f" ({kp.shape[2]} joints, as in {' and '.join(known)})" if known else ""), wanted
-    if len(size:=np.ravel(row["img_shape"]))<2 or not (size[:2]>0).all(): return f"img_shape {row['img_shape']}", "height and width of a frame"
+    if len(size:=np.ravel(row["img_shape"]))<2 or not (size[:2]>0).all(): return f"img_shape {shown(row['img_shape'])}", "height and width of a frame"
     if score.shape!=kp.shape[:3]:
         return f"scores of shape {list(score.shape)} for keypoints of shape {list(kp.shape)}", "one score per joint"
     if not (np.isfinite(kp).all() and np.isfinite(score).all()):
         return "NaN or infinite keypoints", "numbers; a joint that was not found is (0,0) with score 0"
     if (n:=row.get("total_frames", kp.shape[1]))!=kp.shape[1]:
-        return f"keypoints of {kp.shape[1]} frames and total_frames {n}", "the same number"
+        return f"keypoints of {kp.shape[1]} frames and total_frames {shown(n)}", "the same number"
 
 def _best_person(row):
     kp, score = np.asarray(row["keypoint"], np.float32), _scores(row)
@@ -246,11 +246,22 @@ def open_video(
     path = str(path)
     try: import decord
     except ImportError: return _reader_av(path)
+    _believable(path)
     with _hushed(): v = decord.VideoReader(path, num_threads=1)      # here: a reader from a parent process breaks
     if not len(v): raise ValueError("no frames")
     def read(i):
         with _hushed(): return v.get_batch(list(i)).asnumpy()
     return len(v), read, lambda: v.get_frame_timestamp(range(len(v)))[:,0]
+
+def _believable(path): # a ValueError for a header that decord would take at its word: it reserves so much memory, and if there is none it ends the process
+    try:
+        import av
+        with av.open(path) as f: said = [(s.frames, s.width, s.height) for s in f.streams.video]
+    except Exception: return                                         # no PyAV, or no video: decord says so
+    size = os.path.getsize(path)
+    for n,w,h in said:
+        if n>size/8: raise ValueError(f"its header says {n:,} frames in {size:,} bytes")
+        if w*h>2**27: raise ValueError(f"its header says frames of {w:,} × {h:,}")
 
 @contextmanager
 def _hushed(): # decord's C++ part writes to stderr what it also raises

@@ -113,15 +113,27 @@ def one_at_a_time(
 def pool(
     workers:int,      # processes
     initializer=None, # called at the start of each
-): # a `multiprocessing` pool
+): # its `map` and `imap` give results in order; a `DataError` when a process ends in the middle of its work
     "Forked processes that never finalise what they inherited."
     import gc, multiprocessing as mp
+    from concurrent.futures import ProcessPoolExecutor
     gc.collect(); gc.freeze()
-    try: made = mp.get_context("fork").Pool(workers, initializer)
+    try:
+        made = ProcessPoolExecutor(workers, mp.get_context("fork"), initializer)
+        made.submit(int)                                               # all processes start with the first job
     finally: gc.unfreeze()
-    with made: yield made
+    try: yield _Pool(made)
+    finally: made.shutdown(cancel_futures=True)
 
-# %% ../nbs/00_files.ipynb #00-files-27
+class _Pool:
+    def __init__(self, made): self.made = made
+    def map(self, f, jobs): return list(self.imap(f, jobs))
+    def imap(self, f, jobs, chunksize=1):
+        from concurrent.futures.process import BrokenProcessPool
+        try: yield from self.made.map(f, jobs, chunksize=chunksize)
+        except BrokenProcessPool: raise DataError("a process ended in the middle of its work; either there is not enough memory (try fewer workers), or a file makes its decoder crash (with one worker, the last that is tried)") from None
+
+# %% ../nbs/00_files.ipynb #00-files-28
 def _numpy(): # what stands for numpy's names in one pickle; made anew for each, since a pickle may change the attributes of what it is given
     class Type: # a name and a byte order, and no word on what lies where in memory
         def __init__(self, name, *_):
@@ -153,7 +165,7 @@ def _usual(x, made, done): # the same with numpy's own arrays and types; `made`:
     done[id(x)] = x, own
     return own
 
-# %% ../nbs/00_files.ipynb #00-files-28
+# %% ../nbs/00_files.ipynb #00-files-29
 _PLAIN = {("builtins", n) for n in ("set", "frozenset", "slice", "complex")} | {("collections", "OrderedDict"), ("_codecs", "encode")}
 
 class _Restricted(pickle.Unpickler):
@@ -165,7 +177,7 @@ class _Restricted(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it wants to load {module}.{name}, which is neither a numpy array nor a plain container")
     def load(self): return _usual(super().load(), self.numpy, {})
 
-# %% ../nbs/00_files.ipynb #00-files-29
+# %% ../nbs/00_files.ipynb #00-files-30
 def _tensors(): # what a pickled torch tensor asks for; its bytes are read as weights only
     import io, torch
     return {("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
@@ -183,7 +195,7 @@ def load_pickle(
         raise DataError(f"{path}: not a readable pickle of arrays ({type(e).__name__}: {e}). Expected numpy arrays{' or tensors' if tensors else ''} in plain lists "
                         "and dicts; if the file was cut short, download or generate it again") from None
 
-# %% ../nbs/00_files.ipynb #00-files-37
+# %% ../nbs/00_files.ipynb #00-files-38
 def load_npz(
     path:str|Path,
     most:int=2**31, # bytes it may unpack to

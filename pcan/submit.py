@@ -137,9 +137,9 @@ def _first(names): return f" ({min(names)} ...)" if names else ""
 
 def _from_npz(file, clips, stream):
     try: s = load_npz(file)
-    except DataError as e: raise DataError(f"{e} with pcan_test") from None
+    except DataError as e: raise DataError(f"not readable as scores: {str(e).removeprefix(f'{file}: ')} with pcan_test") from None
     streams = [k[:-7] for k in s if k.endswith("_action")]
-    if not streams or "name" not in s: raise DataError(f"found {shown(', '.join(s))}; expected name and <stream>_action")
+    if not streams or "name" not in s: raise DataError(f"found {shown(', '.join(s), 300)[1:-1]}; expected name and <stream>_action")
     odd = next((k for k,v in s.items() if k.endswith(("_action", "_body")) and (v.ndim!=2 or len(v)!=s["name"].size or v.dtype.kind!="f" or not np.isfinite(v).all())), None)
     if odd or s["name"].ndim!=1: raise DataError(f"found {odd or 'name'} of shape {list(s[odd or 'name'].shape)}, {s[odd or 'name'].dtype}; expected a row of finite numbers for each of {s['name'].size:,} names")
     if stream not in (*streams, "fused"): raise DataError(f"found streams {', '.join(streams)}; expected {stream!r} among them, or fused")
@@ -201,7 +201,7 @@ def open_csv(path:str|Path)->tuple: # rows of cells, problems
         except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as e: raise DataError(f"{path}: not a readable zip ({e})") from None
         with z:
             names = [n for n in z.namelist() if n.rsplit("/", 1)[-1]=="prediction.csv"]
-            if not names: raise DataError(f"{path}: found {shown(', '.join(z.namelist())) if z.namelist() else 'nothing'}; expected prediction.csv")
+            if not names: raise DataError(f"{path}: found {shown(', '.join(z.namelist()), 300)[1:-1] or 'nothing'}; expected prediction.csv")
             if names!=["prediction.csv"]: problems.append(f"{names[0]}: in a folder; expected prediction.csv at the top of the zip")
             if (size:=z.getinfo(names[0]).file_size)>50e6: raise DataError(f"{path}: its {names[0]} says it has {size:,} bytes; expected less than a megabyte")
             try: raw = z.read(names[0])

@@ -208,6 +208,24 @@ def test_scores(tmp_path):
     np.savez_compressed(tmp_path/"s.npz", big=np.zeros(2**28)); assert (tmp_path/"s.npz").stat().st_size<4e6
     with pytest.raises(DataError, match="says it unpacks to"): submit.read_scores(tmp_path/"s.npz", l)
 
+def film_that_lies(path): # its header says three billion frames: decord reserves memory for them, and ends the process if there is none
+    from test_own import encode
+    raw = bytearray(encode(path, T=8).read_bytes())
+    at = raw.index(b"stts")+12                                          # after version and number of entries: how many frames last as long
+    assert int.from_bytes(raw[at:at+4], "big")==8
+    raw[at:at+4] = (3*10**9).to_bytes(4, "big")
+    path.write_bytes(raw)
+    return path
+
+def test_a_film_that_lies(tmp_path):
+    from pcan.predict import open_film
+    with pytest.raises(DataError, match="a.mp4: no frame of it can be decoded .*3,000,000,000 frames"): open_film(film_that_lies(tmp_path/"a.mp4"))
+
+def test_a_process_that_dies_is_not_waited_for():
+    with pytest.raises(DataError, match="ended in the middle of its work"):
+        with files.pool(2) as p: p.map(os._exit, [3, 3])
+    with files.pool(2) as p: assert list(p.imap(abs, range(-9, 0), chunksize=4))==list(range(9, 0, -1))
+
 def test_pickles_are_opened_in_one_place_only():
     "Whoever wants to open a pickle, a torch file or arrays goes through the two functions that know how."
     import re

@@ -54,12 +54,14 @@ def test_commands_exist():
 def test_installed_and_used_in_an_empty_folder(what, request, tmp_path):
     archive, env, here = request.getfixturevalue(what), tmp_path/"env", tmp_path/"empty"
     here.mkdir()
-    subprocess.run([sys.executable, "-m", "venv", env], check=True)
-    pip = lambda *a: subprocess.run([env/"bin"/"python", "-m", "pip", "install", "-q", "-c", ROOT/"constraints.txt", *a], check=True, capture_output=True, text=True)
-    pip("setuptools", "wheel"); pip("--no-build-isolation", str(archive))
     clean = {k: v for k,v in os.environ.items() if not k.startswith(("PCAN_", "PYTHON"))} | dict(OMP_NUM_THREADS="1")
-    def call(*a, rc=0, env_=env):
-        done = subprocess.run([env_/"bin"/a[0], *a[1:]], cwd=here, env=clean, capture_output=True, text=True, timeout=600)
+    subprocess.run([sys.executable, "-m", "venv", env], check=True, env=clean)
+    def pip(*a):
+        done = subprocess.run([env/"bin"/"python", "-m", "pip", "install", "-q", "-c", ROOT/"constraints.txt", *a], cwd=here, env=clean, capture_output=True, text=True)
+        assert done.returncode==0, done.stderr[-3000:]
+    pip("setuptools", "wheel"); pip("--no-build-isolation", str(archive))
+    def call(*a, rc=0):
+        done = subprocess.run([env/"bin"/a[0], *a[1:]], cwd=here, env=clean, capture_output=True, text=True, timeout=600)
         assert done.returncode==rc, f"{a}: status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
         return done.stdout+done.stderr
     where = call("python", "-c", "import pcan, pcan.files as f; print(pcan.__file__, f.root())").split()
@@ -76,6 +78,6 @@ def test_installed_and_used_in_an_empty_folder(what, request, tmp_path):
     pip(f"{archive}[notebook]")
     call("pcan_synth", "smoke"); call("pcan_train", "pcan", "--profile", "smoke")
     film = next((here/"data"/"synth"/"smoke"/"raw_videos"/"test").glob("*.mp4"))
-    call("pcan_predict", film); assert list(here.glob("predictions/*/prediction.json")) and list(here.glob("predictions/*/contact_sheet.png"))
+    call("pcan_predict", film, "--stream", "rgb"); assert list(here.glob("predictions/*/prediction.json")) and list(here.glob("predictions/*/contact_sheet.png"))
     assert "do not come with the installed package" in call("pcan_report", "--profile", "smoke", rc=2)
     assert {p.name for p in here.iterdir()}=={"data", "reports", "predictions"}
