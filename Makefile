@@ -6,15 +6,21 @@
 # make test-site             the committed pages and that of pcan_demo in a browser (needs Chromium): console, requests, pictures, links, phone, dark, paper
 # make pose-env             the environment of its own that pcan_pose wants (mmpose, numpy below 2): .venv-pose, 1.6 GB
 # make test-pose            poses of a short synthetic video by a real whole-body model with random weights; makes the environment if missing
+# make test-fuzz             wrong files of every kind, a minute of them: refused by a sentence, or right; FUZZ_SECONDS=600 looks longer
+# make test-compat           the tests on the oldest versions we promise (Python 3.11, numpy 1.26) and the newest (3.12), in environments of their own; the wheel used in an empty folder
 # make test-slow             every system at the paper's size, forward and backward: minutes
 PROFILE ?= quick
 PYTHON  ?= python3
 VENV    ?= .venv
 POSE    ?= .venv-pose
+OLDEST  ?= .venv-py311-numpy1
+NEWEST  ?= .venv-py312-numpy2
+PYTHON311 ?= python3.11
+PYTHON312 ?= python3.12
 BIN     := $(VENV)/bin
 JOBS    ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help install reports verify test test-slow test-site pose-env test-pose notebooks readme data clean
+.PHONY: help install reports verify test test-slow test-site test-fuzz test-compat pose-env test-pose notebooks readme data clean
 help:
 	@grep '^# make' Makefile | cut -c3-
 
@@ -35,6 +41,20 @@ $(POSE)/.installed: constraints-pose.txt settings.ini setup.py
 	$(POSE)/bin/python -m pip install -q -c constraints-pose.txt --no-deps mmpose mmengine mmcv-lite
 	touch $@
 
+# the lowest versions that settings.ini promises, and those of constraints.txt on the newest Python
+$(OLDEST)/.installed: PYTHON := $(PYTHON311)
+$(OLDEST)/.installed: PINS := constraints-oldest.txt
+$(NEWEST)/.installed: PYTHON := $(PYTHON312)
+$(NEWEST)/.installed: PINS := constraints.txt
+$(OLDEST)/.installed: constraints-oldest.txt settings.ini setup.py
+$(NEWEST)/.installed: constraints.txt settings.ini setup.py
+$(OLDEST)/.installed $(NEWEST)/.installed:
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q -c $(PINS) setuptools wheel
+	$(@D)/bin/python -m pip install -q -c $(PINS) --no-build-isolation -e ".[dev]"
+	$(@D)/bin/python -m pip check
+	touch $@
+
 reports: install
 	$(BIN)/nbdev_export
 	$(BIN)/pcan_report --profile $(PROFILE) $(if $(SYSTEMS),--systems $(SYSTEMS)) $(if $(FRESH),--fresh)
@@ -48,6 +68,15 @@ data: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(JOBS) --do_print
 	$(BIN)/python -m pytest
+
+test-fuzz: install
+	OMP_NUM_THREADS=1 $(if $(FUZZ_SECONDS),FUZZ_SECONDS=$(FUZZ_SECONDS)) $(BIN)/python -m pytest -m fuzz -rP
+
+# pytest without the pages' smoke runs, the committed results and the sync of notebooks: these speak of the repository, not of versions
+test-compat: install $(OLDEST)/.installed $(NEWEST)/.installed
+	for e in $(OLDEST) $(NEWEST); do PATH="$(CURDIR)/$$e/bin:$$PATH" OMP_NUM_THREADS=1 $$e/bin/python -m pytest -p no:cacheprovider \
+	  --ignore tests/test_experiments.py --ignore tests/test_committed.py --ignore tests/test_sync.py || exit 1; done
+	$(BIN)/python -m pytest -m compat
 
 test-slow: install
 	OMP_NUM_THREADS=$(JOBS) $(BIN)/python -m pytest -m slow

@@ -7,14 +7,14 @@ __all__ = ['WARNING', 'SMOKE', 'FORMAT', 'Card', 'card_of', 'pack', 'Opened', 'd
            'card_text']
 
 # %% ../nbs/95_checkpoint.ipynb #95-checkpoint-02
-import json
+import html, json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import numpy as np
 import torch
 from .data import lengths, read_split
-from .files import DataError, atomic, data_dir, read_json, reports_dir
 from .config import Run, data_identity, from_dict, profile_of
+from .files import DataError, atomic, data_dir, plain, read_json, reports_dir, shown
 from .slowonly import misfit
 from .submit import load_run, released_run
 from .systems import SYSTEMS
@@ -42,6 +42,13 @@ class Card:
     note:str = ""             # anything else
     smoke:bool = False        # one epoch, to see that the code runs
 
+    def __post_init__(self):
+        odd = lambda name, like: ValueError(f"Card.{name}: found {shown(getattr(self, name))}; expected {like}")
+        number = lambda x: type(x) in (int, float)
+        if not all(type(n) is int and n>=0 for n in self.clips): raise odd("clips", "a number of clips per action")
+        if not all(isinstance(v, str) for v in self.versions.values()): raise odd("versions", "a text per library")
+        if not all(isinstance(s, dict) and s and all(isinstance(m, dict) and all(map(number, m.values())) for m in s.values()) for s in self.metrics.values()):
+            raise odd("metrics", "split, stream and metric of every number")
     @property
     def label(self)->str:
         "What nobody may overlook."
@@ -134,26 +141,37 @@ def _config(path, meta): # run, card
         what = f"format {found!r}" if found else "no format" + (": the weights of a training run, so give its folder" if "state" in meta else "")
         raise DataError(f"{path}: found {what}; expected a file of format {FORMAT!r}. {_MAKE}")
     try: raw, card = json.loads(meta["run"]), from_dict(Card, json.loads(meta["card"]))
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, RecursionError) as e:
         raise DataError(f"{path}: its header is not readable ({type(e).__name__}: {e}). {_MAKE}") from None
-    if raw.get("system") not in SYSTEMS:
-        raise DataError(f"{path}: found a network of system {raw.get('system')!r}; this version knows {', '.join(SYSTEMS)}")
-    try: return from_dict(Run, raw), card
-    except (TypeError, ValueError) as e: raise DataError(f"{path}: its configuration is of another version of pcan ({e})") from None
+    try: run = from_dict(Run, raw)
+    except ValueError as e: raise DataError(f"{path}: its configuration is of another version of pcan ({e})") from None
+    if run.system not in SYSTEMS: raise DataError(f"{path}: found a network of system {run.system!r}; this version knows {', '.join(SYSTEMS)}")
+    if len(card.clips) not in (0, run.tree.K_A): raise DataError(f"{path}: found numbers of clips for {len(card.clips)} actions; expected {run.tree.K_A}, as many as the network knows")
+    return run, card
 
 # %% ../nbs/95_checkpoint.ipynb #95-checkpoint-13
+def _sketch(run, most): # names and shapes of a run's network, without its memory; a ValueError for sizes that cannot be
+    numbers = lambda x: [v for y in x for v in numbers(y)] if isinstance(x, (list, tuple)) else numbers(list(x.values())) if isinstance(x, dict) else [x] if type(x) is int else []
+    clip, net = run.clip, asdict(run.net)
+    if max(map(abs, numbers([net, run.sizes, clip.rgb_frames, clip.pose_frames, clip.side, clip.rgb_size, clip.pose_size, clip.test_size, clip.clips_test])))>10_000: raise ValueError("a size above 10,000")
+    if sum(abs(b) for p in ("rgb", "pose") for b in numbers(net[p]["blocks"]))>most: raise ValueError(f"more blocks than the {most:,} tensors of the file")
+    with torch.device("meta"): return SYSTEMS[run.system].build(run)[0].state_dict()
+
 def _ours(path): # -> Opened, of a file that `pack` wrote
     meta, tensors = _read(path)
     run, card = _config(path, meta)
+    try: wrong = misfit(tensors, _sketch(run, len(tensors)))                       # before there is anything of a size that somebody else chose
+    except Exception as e: wrong = f"no such network can be built ({type(e).__name__}: {str(e)[:200]})"
+    if wrong: raise DataError(f"{path}: its tensors do not fit the {run.system} network it says it holds: {wrong}. {_MAKE}")
     with torch.random.fork_rng(devices=[]): model, _ = SYSTEMS[run.system].build(run)
-    if wrong:=misfit(tensors, model.state_dict()):
-        raise DataError(f"{path}: its tensors do not fit the {run.system} network it says it holds: {wrong}. {_MAKE}")
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k,v in tensors.items()})
     return Opened(model, run, card, str(path))
 
 def _released(path): # of the authors' code
     from pcan.released import load
-    model, run = load(path), released_run()
+    try: model = load(path)
+    except DataError as e: raise DataError(str(e) if str(path) in str(e) else f"{path}: {e}") from None
+    run = released_run()
     card = Card(Path(path).name, "PCAN (released)", run.data, parameters=sum(p.numel() for p in model.parameters()),
                 note="a checkpoint of the authors' code, with their test recipe")
     return Opened(model, run, card, str(path))
@@ -205,9 +223,10 @@ def card_text(
     o:Opened, # a network that was opened
 )->str:
     "The card, to be read in a shell."
-    return "\n".join([*([o.card.label] if o.card.label else []), *(f"{k:<24}{v}" for k,v in _card_rows(o) if v)])
+    return plain("\n".join([*([o.card.label] if o.card.label else []), *(f"{k:<24}{v}" for k,v in _card_rows(o) if v)]))
 
 def _repr_markdown_(self):
-    rows = [f"| {k} | {v} |" for k,v in _card_rows(self) if v]
+    cell = lambda v: html.escape(plain(str(v)), quote=False).replace("|", "\\|").replace("\n", " ")   # a stranger wrote it
+    rows = [f"| {k} | {cell(v)} |" for k,v in _card_rows(self) if v]
     return "\n".join([*([f"**{self.card.label}**\n"] if self.card.label else []), "| | |", "|---|---|", *rows])
 Opened._repr_markdown_ = _repr_markdown_

@@ -9,17 +9,22 @@ __all__ = ['synth', 'train', 'said', 'report', 'validate', 'own', 'verify', 'ma5
 # %% ../nbs/74_cli.ipynb #74-cli-02
 import argparse, os, re, sys
 from pathlib import Path
-from .files import DataError, data_dir, read_json, reports_dir, root
+from .files import DataError, data_dir, plain, read_json, reports_dir, root
 
 # %% ../nbs/74_cli.ipynb #74-cli-05
 def _command(f):
     "Run `f(args)`; what the user can mend ends with one line and status 2."
     def main(argv=None):
         try: return f(argv) or 0
-        except (DataError, ValueError, OSError) as e: print(f"pcan_{f.__name__}: {e}", file=sys.stderr)
+        except (DataError, ValueError, OSError) as e: print(plain(f"pcan_{f.__name__}: {e}"), file=sys.stderr)
+        except ModuleNotFoundError as e:
+            if not e.name or e.name.startswith("pcan"): raise
+            print(f"pcan_{f.__name__}: found no {e.name}; expected it, so `pip install 'pcan[{_EXTRA.get(e.name.split('.')[0], 'notebook')}]'`", file=sys.stderr)
         return 2
     main.__name__, main.__doc__ = f.__name__, f.__doc__
     return main
+
+_EXTRA = {m: x for x,ms in dict(export="onnx onnxruntime onnxscript", demo="starlette uvicorn jinja2 multipart").items() for m in ms.split()}   # what else is asked for is in `notebook`
 
 def _parser(f, **kw): return argparse.ArgumentParser(prog=f"pcan_{f}", formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kw)
 
@@ -60,11 +65,11 @@ def train(argv=None):
     p.add_argument("--jobs", type=int, default=None, help="runs trained side by side; one per core by default, one on a GPU")
     p.add_argument("--workers", type=int, default=0, help="data-loading processes of a single run")
     a = p.parse_args(argv)
-    from pcan.config import Run, from_dict, make, plan
+    from pcan.config import make, plan, read_run
     from pcan.runs import TimeUp, get, get_all
     method = {k: v for k,v in (("lam", a.lam), ("alpha", a.alpha and tuple(a.alpha))) if v is not None}
     one = lambda s: make(a.system, a.profile, s, a.reading, a.stream, a.start, **method)
-    runs = ([from_dict(Run, read_json(a.config))] if a.config else [one(s) for s in a.seed or (0,)] if not a.table else
+    runs = ([read_run(a.config)] if a.config else [one(s) for s in a.seed or (0,)] if not a.table else
             [r for rs in plan(a.table, a.profile, a.seed).values() for r in rs])
     try: results = [get(runs[0], workers=a.workers)] if len(runs)==1 and a.minutes is None else get_all(runs, a.jobs, minutes=a.minutes)
     except TimeUp as e: print(e); return 3
@@ -337,7 +342,7 @@ def _predict_all(a, opened): # every video, whatever happens to the others
             if out is None: continue
             written = save(made, _folder(out, made, taken))
             if not a.json: print("\nwritten: " + ", ".join(map(str, written)) + "\n")
-        except (DataError, ValueError, OSError) as e: failed += 1; print(f"pcan_predict: {e}", file=sys.stderr)
+        except (DataError, ValueError, OSError) as e: failed += 1; print(plain(f"pcan_predict: {e}"), file=sys.stderr)
     return 2 if failed else 0
 
 def _folder(out, made, taken): # of a prediction, below `out`; another video of the same name, of this call or an earlier one, keeps its own

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'RECIPE', 'ALPHAS', 'LAMBDAS', 'LONG', 'Profile', 'profile_of', 'Run', 'stated', 'make', 'seen', 'belongs',
-           'check_asked', 'from_dict', 'data_identity', 'ensure_data', 'has_video', 'data_root', 'clips_of', 'singles',
-           'trained_as', 'begins_with', 'table1', 'systems', 'table2', 'table3', 'alone', 'readings', 'choices',
-           'repairs', 'own_runs', 'plan']
+           'check_asked', 'from_dict', 'read_run', 'data_identity', 'ensure_data', 'has_video', 'data_root', 'clips_of',
+           'singles', 'trained_as', 'begins_with', 'table1', 'systems', 'table2', 'table3', 'alone', 'readings',
+           'choices', 'repairs', 'own_runs', 'plan']
 
 # %% ../nbs/69_config.ipynb #69-config-02
 import os, re
+import numpy as np
 from dataclasses import dataclass, asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -17,7 +18,7 @@ from .augment import ClipSpec
 from .clips import Clips
 from .data import check_same, declared, has_own_test, inputs, manifest_sha
 from .video import video
-from .files import DataError, data_dir, reports_dir, sha256_json
+from .files import DataError, data_dir, read_json, reports_dir, sha256_json, shown
 from .model import GROUPS, READINGS, STREAMS, Method, flip
 from .repaired import Repair
 from .rgbpose import PAPER, THIN, TINY, Sizes
@@ -60,7 +61,7 @@ def profile_of(
     name:str, # of a row, or `row@data`: that row's scale on a data set of your own, the folder `data/<data>`
 )->Profile:
     "A row of the table. A `ValueError` lists the names there are."
-    scale, at, data = name.partition("@")
+    scale, at, data = name.partition("@") if isinstance(name, str) else (None, "", "")
     if scale not in PROFILES: raise ValueError(f"profile: found {name!r}, expected one of {', '.join(PROFILES)}, or one of them with @ and a folder below data/")
     if not at: return PROFILES[scale]
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", data, re.ASCII):
@@ -91,6 +92,9 @@ class Run:
     def __post_init__(self):
         for field,known in (("stream", (None, *STREAMS)), ("start", ("random", "single", "imagenet"))):
             if getattr(self, field) not in known: raise ValueError(f"Run.{field}: found {getattr(self, field)!r}, expected one of {known}")
+        for field,form,like in (("system", r"\w+", "pcan"), ("profile", r"\w[\w.-]*(@\w[\w.-]*)?", "quick or quick@mine"), ("data", r"\w[\w.-]*(/\w[\w.-]*)*", "a folder below data/")):   # parts of paths
+            if not re.fullmatch(form, getattr(self, field), re.ASCII): raise ValueError(f"Run.{field}: found {shown(getattr(self, field))}, expected a name like {like}")
+        if type(self.seed) is bool or not isinstance(self.seed, (int, np.integer)): raise ValueError(f"Run.seed: found {shown(self.seed)}, expected a whole number")
         if self.first and self.start!="single": raise ValueError(f"found Run.first with start={self.start!r}; it belongs to start='single'")
 
     @property
@@ -173,14 +177,30 @@ def check_asked(system, reading, stream, start, net, changes):
 
 # %% ../nbs/69_config.ipynb #69-config-13
 def from_dict(cls, d:dict):
-    "Build a (nested) dataclass from what `asdict` and JSON made of it. A `ValueError` names unknown fields."
-    if d is None: return None
-    if unknown:=set(d) - {f.name for f in fields(cls)}: raise ValueError(f"{cls.__name__}: unknown field {', '.join(sorted(unknown))}; known are {', '.join(f.name for f in fields(cls))}")
-    kinds = {f.name: type(f.default) if is_dataclass(f.default) else next((t for t in get_args(f.type) if is_dataclass(t)), None) for f in fields(cls)}
-    def read(name, v):
-        if isinstance(v, dict) and kinds[name]: return from_dict(kinds[name], v)
-        return tuple(read(name, x) for x in v) if isinstance(v, list) else v
-    return cls(**{k: read(k, v) for k,v in d.items()})
+    "Build a (nested) dataclass from what `asdict` and JSON made of it. A `ValueError` names unknown fields, and values of another kind than the field's."
+    if not isinstance(d, dict): raise ValueError(f"{cls.__name__}: found {shown(d)}; expected a JSON object with its fields")
+    known = {f.name: get_args(f.type) or (f.type,) for f in fields(cls)}               # name -> kinds of values
+    if unknown:=set(d)-set(known): raise ValueError(f"{cls.__name__}: unknown field {', '.join(shown(k)[1:-1] for k in sorted(unknown)[:5])}; known are {', '.join(known)}")
+    try: return cls(**{k: _value(f"{cls.__name__}.{k}", v, known[k]) for k,v in d.items()})
+    except TypeError as e: raise ValueError(f"{cls.__name__}: {e}") from None          # a field without a default is missing
+
+def _value(name, v, kinds): # as one of the kinds: a dataclass, tuple, dict, number, text or None
+    nested = next((t for t in kinds if is_dataclass(t)), None)
+    if nested and isinstance(v, dict): return from_dict(nested, v)
+    if isinstance(v, (list, tuple)) and tuple in kinds: return tuple(_inside(name, x) for x in v)
+    if type(v) in kinds and not (type(v) is float and not np.isfinite(v)) or v is None and type(None) in kinds: return v
+    if type(v) is int and float in kinds and abs(v)<1e300: return v
+    raise ValueError(f"{name}: found {shown(v)}; expected {' or '.join('nothing' if t is type(None) else dict(tuple='a list', str='text', bool='true or false').get(t.__name__, t.__name__) for t in kinds)}")
+
+def _inside(name, v): # of a tuple: numbers, texts, or tuples of them
+    if isinstance(v, (list, tuple)): return tuple(_inside(name, x) for x in v)
+    if v is None or isinstance(v, (str, int)) or isinstance(v, float) and np.isfinite(v): return v
+    raise ValueError(f"{name}: found {shown(v)} in it; expected numbers or texts")
+
+def read_run(path:str|Path)->Run: # `config.json` of a run
+    "A run from its file. A `DataError` says what is wrong with it."
+    try: return from_dict(Run, read_json(path))
+    except ValueError as e: raise DataError(str(e) if isinstance(e, DataError) else f"{path}: not the configuration of a run ({e}); expected what `pcan_train` writes as config.json") from None
 
 # %% ../nbs/69_config.ipynb #69-config-15
 def data_identity(data:str)->str: # sha256

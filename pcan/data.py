@@ -12,7 +12,7 @@ import csv, numpy as np
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from .files import DataError, load_pickle, read_json, sha256_file, sha256_json
+from .files import DataError, load_pickle, read_json, sha256_file, sha256_json, shown
 from .skeleton import LAYOUTS, Skeleton
 from .tree import MA52, ActionTree
 
@@ -78,10 +78,10 @@ def read_list(
     for n,line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         if not (parts:=line.split()): continue
         name, label = clip_name(parts[0]), parts[-1]
-        wrong = (_LINE if len(parts)!=2 or not label.isdigit() else
+        wrong = (_LINE if len(parts)!=2 or not (label.isascii() and label.isdigit() and len(label)<9) else
                  f"a label from 0 to {tree.K_A-1}" if int(label)>=tree.K_A else
                  "every video once" if name in out else "")
-        if wrong: _complain(problems, complaint(f"{path}, line {n}", repr(line.strip()), wrong))
+        if wrong: _complain(problems, complaint(f"{path}, line {n}", shown(line.strip()), wrong))
         else: out[name] = int(label)
     if not out: _complain(problems, complaint(path, "no video", f"one per line: {_LINE}"))
     return out
@@ -103,12 +103,12 @@ def read_keypoints(
         else:
             name = clip_name(name)
             wrong = wrong_keypoints(row, V) or (("the name twice", "every clip once") if name in out else None)
-            wrong = wrong and complaint(f"{path}, {name}", *wrong)
+            wrong = wrong and complaint(f"{path}, {shown(name)[1:-1]}", *wrong)
         if wrong: _complain(problems, wrong)
         else: out[name] = best_person(row)
     return out
 
-def _kind(x): return f"keys {sorted(map(str, x))[:8]}" if isinstance(x, dict) else type(x).__name__
+def _kind(x): return f"keys {shown(sorted(map(str, x))[:8], 300)}" if isinstance(x, dict) else type(x).__name__
 
 # %% ../nbs/11_data.ipynb #11-data-18
 def score_of(
@@ -131,13 +131,13 @@ def wrong_keypoints(
     if kp.ndim!=4 or kp.shape[2:]!=(V,2) or 0 in kp.shape:
         known = [name for name,s in LAYOUTS.items() if kp.ndim==4 and s.V==kp.shape[2]!=V]
         return f"keypoints of shape {list(kp.shape)}" + (f" ({kp.shape[2]} joints, as in {' and '.join(known)})" if known else ""), wanted
-    if len(size:=np.ravel(row["img_shape"]))<2 or not (size[:2]>0).all(): return f"img_shape {row['img_shape']}", "height and width of a frame"
+    if len(size:=np.ravel(row["img_shape"]))<2 or not (size[:2]>0).all(): return f"img_shape {shown(row['img_shape'])}", "height and width of a frame"
     if score.shape!=kp.shape[:3]:
         return f"scores of shape {list(score.shape)} for keypoints of shape {list(kp.shape)}", "one score per joint"
     if not (np.isfinite(kp).all() and np.isfinite(score).all()):
         return "NaN or infinite keypoints", "numbers; a joint that was not found is (0,0) with score 0"
     if (n:=row.get("total_frames", kp.shape[1]))!=kp.shape[1]:
-        return f"keypoints of {kp.shape[1]} frames and total_frames {n}", "the same number"
+        return f"keypoints of {kp.shape[1]} frames and total_frames {shown(n)}", "the same number"
 
 def best_person(
     row:dict, # of a pickle
@@ -243,7 +243,12 @@ def listed_names(
 def _told(root): # rows of annotations/clips.csv, of a data set of one's own
     file = Path(root)/"annotations"/"clips.csv"
     if not file.is_file(): return []
-    with open(file, encoding="utf-8", newline="") as f: return list(csv.DictReader(f))
+    try:
+        with open(file, encoding="utf-8", newline="") as f: rows = [r | dict(seconds=float(r["seconds"]) if r.get("seconds") else None) for r in csv.DictReader(f)]
+        if all(r["clip"] and 0<=(r["seconds"] or 0)<1e9 for r in rows): return rows
+        why = "a clip without a name, or of a strange length"
+    except (ValueError, KeyError, TypeError, csv.Error) as e: why = f"{type(e).__name__}: {e}"
+    raise DataError(complaint(file, shown(why), "clip, subject and seconds of every clip; run `pcan_own` again"))
 
 def people(
     root:str|Path, # a data set's folder
@@ -256,7 +261,7 @@ def lengths(
     root:str|Path, # a data set's folder
 )->dict:           # clip name -> seconds, None without a video; {} where it does not say
     "How long the clips of a data set of your own are."
-    return {r["clip"]: float(r["seconds"]) if r.get("seconds") else None for r in _told(root)}
+    return {r["clip"]: r["seconds"] for r in _told(root)}
 
 # %% ../nbs/11_data.ipynb #11-data-39
 def manifest_sha(

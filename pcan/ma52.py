@@ -8,12 +8,12 @@ __all__ = ['SPLITS', 'VIDEOS', 'LISTS', 'SKELETONS', 'REPO', 'SKELETON_REPO', 'N
            'missing', 'state', 'Plan', 'plan', 'install', 'download']
 
 # %% ../nbs/91_ma52.ipynb #91-ma52-02
-import hashlib, re, shutil, stat, tempfile, zipfile
+import errno, hashlib, re, shutil, stat, tempfile, zipfile, zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
-from .files import DataError, data_dir, read_json, sha256_file, write_json
+from .files import DataError, data_dir, read_json, sha256_file, shown, write_json
 
 # %% ../nbs/91_ma52.ipynb #91-ma52-05
 SPLITS = ("train", "val", "test")
@@ -39,10 +39,12 @@ def place(
 def unsafe(m:zipfile.ZipInfo)->str|None: # why a member is refused; None: it is not
     "What is wrong with a member of an archive, before it is opened."
     name, kind = m.orig_filename.replace("\\", "/"), stat.S_IFMT(m.external_attr>>16)
+    if not name.strip("/ "): return "no name"
     if name.startswith("/"): return "an absolute path"
     if re.match(r"[A-Za-z]:", name): return "a path with a drive letter"
     if ".." in name.split("/"): return "a path that leads out of its folder"
     if "\0" in name: return "a name with a zero byte"
+    if any(len(n.encode("utf-8", "replace"))>200 for n in name.split("/")): return "a name longer than a disk takes"
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR): return "a link" if kind==stat.S_IFLNK else "a special file"
     if m.flag_bits & 1: return "an encrypted file"
 
@@ -55,7 +57,7 @@ def members(
     "What an archive holds for us. A `DataError` names what is refused: a path that escapes, a link, two files of one name, more than the disk can take."
     out = {}
     for m in archive.infolist():
-        if why:=unsafe(m): raise DataError(f"{archive.filename}: refused, nothing was unpacked. It holds {m.orig_filename!r}, {why}; expected plain files inside the archive")
+        if why:=unsafe(m): raise DataError(f"{archive.filename}: refused, nothing was unpacked. It holds {shown(m.orig_filename)}, {why}; expected plain files inside the archive")
         if m.is_dir() or not (to:=place(m.filename, split)): continue
         if to in out: raise DataError(f"{archive.filename}: refused, nothing was unpacked. It holds both {out[to].filename!r} and {m.filename!r}, which would become {to}")
         out[to] = m
@@ -88,7 +90,9 @@ def unpack(
                 (Path(new)/path).parent.mkdir(parents=True, exist_ok=True)
                 with z.open(m) as f, open(Path(new)/path, "wb") as g: shutil.copyfileobj(f, g, 2**20)
             return _move(Path(new), to, found)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as e: raise DataError(f"{archive}: not a readable zip ({e}); delete it and download it again") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OverflowError, UnicodeError, OSError) as e:
+        if isinstance(e, OSError) and e.errno!=errno.EINVAL: raise                # of the disk, not of the file: an offset that is none
+        raise DataError(f"{archive}: not a readable zip ({e}); delete it and download it again") from None
 
 def _move(new, to, found): # folders where there are none, else file by file
     sizes = {}

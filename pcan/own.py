@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
 from .data import ENDINGS, SPLITS, clip_name, read_keypoints
-from .files import DataError, atomic, read_json, sha256_file, write_json
+from .files import DataError, atomic, read_json, sha256_file, shown, write_json
 from .skeleton import LAYOUTS, Skeleton
 from .tree import ActionTree
 from .video import no_video, open_video
@@ -41,8 +41,8 @@ def read_table(
     table = csv.DictReader(io.StringIO("\n".join(lines), newline=""), delimiter=max(",;\t", key=lines[0].count), strict=True)
     try: columns, cells = [c.strip().lower() for c in table.fieldnames or ()], list(table)
     except csv.Error as e: raise DataError(f"{path}, near line {table.line_num}: {e}; expected cells without line breaks: is a quote not closed?") from None
-    if lost := {"video", "action"}-set(columns): raise DataError(f"{path}: found the columns {', '.join(columns) or 'none'}; expected also {', '.join(sorted(lost))}")
-    if twice := [c for c,k in Counter(columns).items() if k>1]: raise DataError(f"{path}: found the column {twice[0]} twice; expected every column once")
+    if lost := {"video", "action"}-set(columns): raise DataError(f"{path}: found the columns {shown(', '.join(columns), 200)[1:-1] or 'none'}; expected also {', '.join(sorted(lost))}")
+    if twice := [c for c,k in Counter(columns).items() if k>1]: raise DataError(f"{path}: found the column {shown(twice[0])[1:-1]} twice; expected every column once")
     rows, wrong = [], []
     for i,cell in enumerate(cells, 2):
         r = dict(zip(columns, cell.values())) if None not in cell else {}
@@ -56,7 +56,7 @@ def read_table(
     return rows
 
 def _refuse(path, wrong, most=20):
-    if wrong: raise DataError(f"{path}: {len(wrong)} problem{'s'*(len(wrong)>1)}\n  " + "\n  ".join(wrong[:most]) + (f"\n  ... and {len(wrong)-most} more" if len(wrong)>most else ""))
+    if wrong: raise DataError(f"{path}: {len(wrong)} problem{'s'*(len(wrong)>1)}\n  " + "\n  ".join(w if len(w)<=400 else f"{w[:250]} ... {w[-100:]}" for w in wrong[:most]) + (f"\n  ... and {len(wrong)-most} more" if len(wrong)>most else ""))
 
 # %% ../nbs/94_own.ipynb #94-own-06
 def _odd(rows): # what does not go together

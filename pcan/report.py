@@ -7,11 +7,12 @@ __all__ = ['EXPERIMENTS', 'OWN', 'THOROUGH', 'THOROUGH_IN', 'CLOCKED', 'COMMAND'
            'folder', 'tidy', 'save_table', 'read_table', 'paper_table', 'paper_claims', 'emit', 'kind', 'source_note',
            'printed_note', 'banner', 'data_line', 'note', 'facts', 'wide', 'unit', 'table_html', 'table_markdown',
            'show_groups', 'show_texts', 'show_table', 'difference_table', 'conclude', 'duration', 'provenance',
-           'experiments_of', 'execute', 'roles', 'executed', 'runs_of']
+           'experiments_of', 'notebooks', 'execute', 'roles', 'executed', 'runs_of']
 
 # %% ../nbs/72_report.ipynb #72-report-02
 import html, re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 
@@ -168,6 +169,9 @@ def unit(n)->str: # a sentence of the caption
     n = n.drop("Majority class", errors="ignore")
     return "Percent." if max(n)==1 else f"Percent; mean ± standard deviation over {max(n)} seeds{', one seed where there is no ±' if min(n)==1 else ''}."
 
+def _plain(v): # a label in a Markdown table: its bars and tags are text
+    return re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", str(v)).replace("|", "\\|").replace("\n", " ")
+
 def _block(heading, table, cell, cls): # one <tbody>
     head = f'<tr class="block"><th colspan="{table.shape[1]+1}" scope="rowgroup">{html.escape(heading)}</th></tr>'
     return f'<tbody class="{cls}">{head}' + "".join(f'<tr><th scope="row">{html.escape(str(v))}</th>' +
@@ -201,7 +205,7 @@ def table_markdown(rows, paper, profile:str)->str:
     line = lambda cells: "| " + " | ".join(cells) + " |"
     out = [line(["", *(METRICS[m].replace("<br>", " ") for m in mean)]), "|---|" + "--:|"*mean.shape[1]]
     cell = lambda v, m: "–" if np.isnan(mean.at[v, m]) else f"{mean.at[v, m]:.2f}" + ("" if np.isnan(std.at[v, m]) else f" ±{std.at[v, m]:.2f}")
-    out += [line([str(v), *(cell(v, m) for m in mean)]) for v in mean.index]
+    out += [line([_plain(v), *(cell(v, m) for m in mean)]) for v in mean.index]
     if paper is not None: out += [line([f"*paper, MA-52: {v}*", *(f"*{paper.at[v, m]:.2f}*" for m in mean)]) for v in paper.index]
     return "\n".join(out)
 
@@ -236,7 +240,7 @@ def show_groups(
     page = f'<table class="results"><caption>{html.escape(text)}</caption><thead><tr><td></td>{head}</tr></thead>{"".join(_block(g, table.loc[vs], td, "ours") for g,vs in groups.items())}</table>'
     line = lambda cells: "| " + " | ".join(cells) + " |"
     md = [line(["", *(h.replace("<br>", " ") for h in heads.values())]), "|---|" + "--:|"*len(heads)]
-    md += [line([v, *(" ".join(filter(None, (o, t and f"*({t})*"))) for o,t in (cell(v, m) for m in table))]) for vs in groups.values() for v in vs]
+    md += [line([_plain(v), *(" ".join(filter(None, (o, t and f"*({t})*"))) for o,t in (cell(v, m) for m in table))]) for vs in groups.values() for v in vs]
     emit("table", page, "\n".join(md), name=name, caption=text.replace("Below ours, in grey,", "In brackets")) # Markdown has neither
 
 # %% ../nbs/72_report.ipynb #72-report-25
@@ -251,7 +255,7 @@ def show_texts(
     "Show a DataFrame of text, one row per name in its index; its columns are headings. `source` replaces the caption's `source_note`; columns in `prose` wrap and start at the left."
     caption = f"{caption} {source or source_note(profile)}"
     line = lambda cells: "| " + " | ".join(cells) + " |"
-    md = [line(["", *(c.replace("<br>", " ") for c in t)]), "|---|" + "".join("---|" if c in prose else "--:|" for c in t), *(line([v, *t.loc[v]]) for v in t.index)]
+    md = [line(["", *(c.replace("<br>", " ") for c in t)]), "|---|" + "".join("---|" if c in prose else "--:|" for c in t), *(line(map(_plain, [v, *t.loc[v]])) for v in t.index)]
     left = {c: ' class="text"' if c in prose else "" for c in t}
     head = "".join(f'<th scope="col"{left[c]}>{c}</th>' for c in t)
     body = "".join(f'<tr><th scope="row">{html.escape(v)}</th>' + "".join(f"<td{left[c]}>{html.escape(x)}</td>" for c,x in t.loc[v].items()) + "</tr>" for v in t.index)
@@ -294,7 +298,7 @@ def difference_table(
     note = f"{caption} Points; 95% intervals below; a star: real also after Holm's correction for all {len(rows)} cells. {source_note(profile)}"
     words = "A smoke run decides nothing." if kind(profile)=="smoke" else in_words(table)
     line = lambda cells: "| " + " | ".join(cells) + " |"
-    md = "\n".join([line(["", *(METRICS[m].replace("<br>", " ") for m in metrics)]), "|---|" + "--:|"*len(metrics)] + [line([k, *("{} ({})".format(*text(k, m)) for m in metrics)]) for k in pairs])
+    md = "\n".join([line(["", *(METRICS[m].replace("<br>", " ") for m in metrics)]), "|---|" + "--:|"*len(metrics)] + [line([_plain(k), *("{} ({})".format(*text(k, m)) for m in metrics)]) for k in pairs])
     emit("differences", f'<table class="results"><caption>{html.escape(note)}</caption><thead><tr><td></td>{head}</tr></thead><tbody class="ours">{body}</tbody></table>', md, name=name, caption=note)
     emit("note", f"<p>{html.escape(words)}</p>", words)
     return found
@@ -362,13 +366,20 @@ def _clean(nb, name, profile):
     nb.metadata = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}, "pcan": dict(name=name, profile=profile)}
     return nb
 
+def notebooks()->Path:
+    "The folder of the experiment notebooks. A `DataError` where only the package is installed."
+    here = root()/"nbs"/"experiments"
+    if not here.is_dir(): raise DataError(f"{here}: no such folder; the experiments are notebooks of the repository and do not come with the installed package: clone it and work there, or set PCAN_ROOT to where it is")
+    return here
+
 def execute(
     profile:str="smoke", # the parameter every notebook gets
     only=None,           # names from `EXPERIMENTS`; all by default
 )->list:                 # paths of the executed notebooks
     "Run experiment notebooks; executed copies go to `reports/<profile>/pages/`. A failing cell raises and names its notebook."
     import nbformat, papermill
-    names, here, out = [only] if isinstance(only, str) else list(only or experiments_of(profile)), root()/"nbs"/"experiments", []
+    kind(profile)                                              # a ValueError for a name that is none, before a kernel is started
+    names, here, out = [only] if isinstance(only, str) else list(only or experiments_of(profile)), notebooks(), []
     known = OWN if "@" in profile else EXPERIMENTS
     if odd := [n for n in names if n not in known]: raise ValueError(f"found {', '.join(odd)}; expected names from {', '.join(known)}")
     for n in names:

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from .augment import prepare
-from .config import RECIPE, Run, begins_with, clips_of, data_identity, ensure_data, from_dict, has_video, singles, stated, trained_as
+from .config import RECIPE, Run, begins_with, clips_of, data_identity, ensure_data, has_video, read_run, singles, stated, trained_as
 from .clips import Clips, loader
 from .data import people
-from .files import DataError, atomic, data_dir, read_json, root, write_json
+from .files import DataError, atomic, data_dir, load_npz, read_json, root, write_json
 from .metrics import evaluate
 from .model import best_child, fuse
 from .systems import SYSTEMS
@@ -35,7 +35,7 @@ class Result:
 
     def __post_init__(self):
         self.config, self.environment, self.metrics = (read_json(self.path/f"{n}.json") for n in ("config", "environment", "metrics"))
-        if (was:=from_dict(Run, self.config))!=self.run:
+        if (was:=read_run(self.path/"config.json"))!=self.run:
             raise DataError(f"{self.path/'config.json'}: this run was made with {stated(was)}, asked for is {stated(self.run)}; a default has changed since, so raise RECIPE")
         number = lambda s: "" if s=="" else float(s)
         with open(self.path/"history.csv", encoding="utf-8") as f: self.history = [{k: number(v) for k,v in r.items()} for r in csv.DictReader(f)]
@@ -43,7 +43,7 @@ class Result:
     def scores(self, split:str=None)->dict:
         "Labels and probabilities of every clip: `name`, `y_a`, `y_b`, `subject` where names do not tell, and `<stream>_action`, `<stream>_body` for rgb, pose and fused."
         split = split or self.run.split
-        with np.load(self.path/f"scores_{split}.npz", allow_pickle=False) as z: s = dict(z)
+        s = load_npz(self.path/f"scores_{split}.npz")
         return with_fused(s | played_by(self.run.data, split, s), self.run.tree)
 
 # %% ../nbs/71_runs.ipynb #71-runs-07

@@ -11,7 +11,7 @@ __all__ = ['CSS', 'SERIOUS', 'LEAD', 'ASKED', 'HOW', 'MEANING', 'GROUPS', 'mathm
 import html, os, re
 
 from .files import DataError, atomic, reports_dir, root
-from .report import BANNERS, COMMAND, EXPERIMENTS, execute, executed, experiments_of, folder, kind, roles, runs_of
+from .report import BANNERS, COMMAND, EXPERIMENTS, execute, executed, experiments_of, folder, kind, notebooks, roles, runs_of
 
 # %% ../nbs/76_site.ipynb #76-site-05
 _MATHML = set("math mrow mi mo mn mtext mspace mstyle mpadded mphantom msub msup msubsup munder mover munderover mfrac msqrt mroot mtable mtr mtd menclose".split())
@@ -346,6 +346,7 @@ def make_reports(
     "Make the data, train what is missing, execute the notebooks, build the pages. Prints where the result is."
     from pcan.config import ensure_data
     from pcan.runs import get_all
+    notebooks()                                                # before hours of training
     ensure_data(profile)
     if not only: get_all(runs_of(profile, more), jobs=jobs)    # one bar; with `only`, a notebook asks for what it needs
     done = execute(profile, only or experiments_of(profile, more)); pages = build(profile)

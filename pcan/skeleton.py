@@ -48,13 +48,15 @@ class Skeleton:
 
     def __post_init__(self):
         for name in ("joints", "edges", "flips"):                           # lists from JSON are welcome
-            object.__setattr__(self, name, tuple(tuple(x) if isinstance(x, list) else x for x in getattr(self, name)))
-        if len(set(self.joints))<len(self.joints): raise ValueError(f"joints: found a name twice in {', '.join(self.joints)}; expected every name once")
+            if not isinstance(v:=getattr(self, name), (list, tuple)): raise ValueError(f"{name}: found {str(v)[:80]!r}; expected a list")
+            object.__setattr__(self, name, tuple(tuple(x) if isinstance(x, list) else x for x in v))
+        if not self.joints or not all(isinstance(j, str) for j in self.joints): raise ValueError(f"joints: found {str(self.joints)[:80]}; expected names")
+        if len(set(self.joints))<len(self.joints): raise ValueError(f"joints: found a name twice in {', '.join(self.joints)[:400]}; expected every name once")
         for name in ("edges", "flips"):
             for pair in getattr(self, name):
-                if len(pair)!=2 or not all(isinstance(j, int) and 0<=j<self.V for j in pair) or pair[0]==pair[1]:
-                    raise ValueError(f"{name}: found {pair}; expected two different joint numbers from 0 to {self.V-1}")
-        if len(set(sum(self.flips, ())))<2*len(self.flips): raise ValueError(f"flips: found a joint in two pairs of {self.flips}; expected one partner each")
+                if not isinstance(pair, tuple) or len(pair)!=2 or not all(type(j) is int and 0<=j<self.V for j in pair) or pair[0]==pair[1]:
+                    raise ValueError(f"{name}: found {str(pair)[:80]}; expected two different joint numbers from 0 to {self.V-1}")
+        if len(set(sum(self.flips, ())))<2*len(self.flips): raise ValueError(f"flips: found a joint in two pairs of {str(self.flips)[:400]}; expected one partner each")
 
     @property
     def V(self)->int:

@@ -207,6 +207,6 @@ def start_up(
     code:str="import pcan", # what a fresh interpreter does
 )->tuple: # seconds, the heavy modules it loaded
     "How long a statement takes in a new Python, the interpreter's own start left out."
-    script = f"import sys, time; t = time.perf_counter(); exec({code!r}); print(time.perf_counter()-t, *[m for m in {HEAVY} if m in sys.modules])"
+    script = f"import sys, time; t = time.perf_counter()\n{code}\nprint(time.perf_counter()-t, *[m for m in {HEAVY} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}).stdout.split()
     return float(out[0]), out[1:]

@@ -8,17 +8,17 @@ __all__ = ['HEADER', 'METRICS', 'Listed', 'listed', 'Scored', 'as_probabilities'
            'metrics_text', 'released_run', 'resized', 'test_model', 'keep_scores', 'metrics_of', 'load_run']
 
 # %% ../nbs/93_submit.ipynb #93-submit-02
-import csv, io, zipfile
+import csv, io, zipfile, zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
 from .clips import Clips, cache_path
+from .config import Run, make, read_run
 from .data import SPLITS, check_same, read_list
-from .files import DataError, atomic, data_dir, load_pickle, read_json, reports_dir
+from .files import DataError, atomic, data_dir, load_npz, load_pickle, reports_dir, shown
 from .metrics import evaluate
 from .model import best_child
-from .config import Run, from_dict, make
 from .runs import everything, measure, score, with_fused
 from .systems import SYSTEMS
 from .tree import MA52, ActionTree
@@ -120,7 +120,7 @@ def data_of(source:str|Path, split:str="test")->Path: # a data set's folder
     "What a system was tested on: a run says so, anything else is about MA-52."
     config = find(source, split).parent/"config.json"
     if not config.is_file(): return data_dir()/"ma52"
-    run = from_dict(Run, read_json(config))
+    run = read_run(config)
     if run.tree!=MA52: raise DataError(f"{config.parent}: found a run on data/{run.data} with classes of its own; expected MA-52's: Codabench scores nothing else")
     return data_dir()/run.data
 
@@ -138,13 +138,15 @@ def read_scores(
 def _first(names): return f" ({min(names)} ...)" if names else ""
 
 def _from_npz(file, clips, stream):
-    try:
-        with np.load(file, allow_pickle=False) as z: s = dict(z)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e: raise DataError(f"not readable as scores ({type(e).__name__}); make it again with pcan_test") from None
+    try: s = load_npz(file)
+    except DataError as e: raise DataError(f"not readable as scores: {str(e).removeprefix(f'{file}: ')} with pcan_test") from None
     streams = [k[:-7] for k in s if k.endswith("_action")]
-    if not streams or "name" not in s: raise DataError(f"found {', '.join(s)}; expected name and <stream>_action")
+    if not streams or "name" not in s: raise DataError(f"found {shown(', '.join(s), 300)[1:-1]}; expected name and <stream>_action")
+    odd = next((k for k,v in s.items() if k.endswith(("_action", "_body")) and (v.ndim!=2 or len(v)!=s["name"].size or v.dtype.kind!="f" or not np.isfinite(v).all())), None)
+    if odd or s["name"].ndim!=1: raise DataError(f"found {odd or 'name'} of shape {list(s[odd or 'name'].shape)}, {s[odd or 'name'].dtype}; expected a row of finite numbers for each of {s['name'].size:,} names")
     if stream not in (*streams, "fused"): raise DataError(f"found streams {', '.join(streams)}; expected {stream!r} among them, or fused")
-    if (K:=s[f"{streams[0]}_action"].shape[1])!=MA52.K_A: raise DataError(f"found {K} actions; expected MA-52's {MA52.K_A}: Codabench scores nothing else")
+    if (K:={s[f"{x}_action"].shape[1] for x in streams})!={MA52.K_A}: raise DataError(f"found {' and '.join(map(str, sorted(K)))} actions; expected MA-52's {MA52.K_A}: Codabench scores nothing else")
+    if (K:={v.shape[1] for k,v in s.items() if k.endswith("_body")}-{MA52.K_B}): raise DataError(f"found {' and '.join(map(str, sorted(K)))} bodies; expected MA-52's {MA52.K_B}")
     at = {str(n): i for i,n in enumerate(s["name"])}
     lost, more = [n for n in clips.name if n not in at], set(at)-set(clips.name)
     if lost or more: raise DataError(f"found {len(at):,} clips, {len(lost):,} of {clips.path} missing{_first(lost)}, {len(more):,} not in it{_first(more)}; expected its {len(clips.name):,}")
@@ -201,15 +203,18 @@ def open_csv(path:str|Path)->tuple: # rows of cells, problems
     "`prediction.csv`, bare or in a zip."
     path, problems = Path(path), []
     if not path.is_file(): raise DataError(f"{path}: no such file")
+    if (size:=path.stat().st_size)>50e6: raise DataError(f"{path}: found {size:,} bytes; expected less than a megabyte")
     raw = path.read_bytes()
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as z:
+        try: z = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as e: raise DataError(f"{path}: not a readable zip ({e})") from None
+        with z:
             names = [n for n in z.namelist() if n.rsplit("/", 1)[-1]=="prediction.csv"]
-            if not names: raise DataError(f"{path}: found {', '.join(z.namelist()) or 'nothing'}; expected prediction.csv")
+            if not names: raise DataError(f"{path}: found {shown(', '.join(z.namelist()), 300)[1:-1] or 'nothing'}; expected prediction.csv")
             if names!=["prediction.csv"]: problems.append(f"{names[0]}: in a folder; expected prediction.csv at the top of the zip")
             if (size:=z.getinfo(names[0]).file_size)>50e6: raise DataError(f"{path}: its {names[0]} says it has {size:,} bytes; expected less than a megabyte")
             try: raw = z.read(names[0])
-            except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as e: raise DataError(f"{path}: {names[0]} cannot be read ({e})") from None
+            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, ValueError, OSError) as e: raise DataError(f"{path}: {names[0]} cannot be read ({e})") from None
     elif path.suffix==".zip": raise DataError(f"{path}: not a zip")
     try: return list(csv.reader(io.StringIO(raw.decode("utf-8-sig")))), problems
     except (UnicodeDecodeError, csv.Error) as e: raise DataError(f"{path}: not readable as CSV ({e})") from None
@@ -217,8 +222,9 @@ def open_csv(path:str|Path)->tuple: # rows of cells, problems
 # %% ../nbs/93_submit.ipynb #93-submit-28
 def _row(cells): # (actions, bodies) or what is wrong with a row
     if len(cells)!=len(HEADER): return f"{len(cells)} columns; expected {len(HEADER)}"
-    try: ids = [int(c) for c in cells[1:]]
-    except ValueError: return f"{next(c for c in cells[1:] if not c.strip().lstrip('-').isdigit())!r}; expected whole numbers"
+    whole = lambda c: c.isascii() and c.strip().removeprefix("-").isdigit() and len(c)<9
+    if odd:=[c for c in cells[1:] if not whole(c)]: return f"{shown(odd[0])}; expected whole numbers"
+    ids = [int(c) for c in cells[1:]]
     for what,x,K in (("action", ids[:5], MA52.K_A), ("body", ids[5:], MA52.K_B)):
         if bad:=[i for i in x if not 0<=i<K]: return f"{what} {bad[0]}; expected 0 to {K-1}"
     if len(set(ids[:5]))<5: return f"action {next(i for i in ids[:5] if ids[:5].count(i)>1)} twice; expected five different"
@@ -243,12 +249,12 @@ def check(
 )->Checked:
     "Compare a submission with the list and with what Codabench wants."
     table, problems = open_csv(path)
-    if not table or tuple(c.strip() for c in table[0])!=HEADER: problems.append(f"row 1: found {','.join(table[0]) if table and table[0] else 'nothing'}; expected {','.join(HEADER)}")
+    if not table or tuple(c.strip() for c in table[0])!=HEADER: problems.append(f"row 1: found {shown(','.join(table[0]), 400)[1:-1] if table and table[0] else 'nothing'}; expected {','.join(HEADER)}")
     rows, seen, known = {}, {}, set(clips.name)
     for n,cells in enumerate(table[1:], 2):
         if not cells: problems.append(f"row {n}: empty"); continue
-        name, got = cells[0].strip().removesuffix(".mp4"), _row(cells)
-        if not cells[0].strip().endswith(".mp4"): problems.append(f"row {n}: found {cells[0]!r}; expected {name+'.mp4'!r}, as in the list")
+        name, got = shown(cells[0].strip().removesuffix(".mp4"))[1:-1], _row(cells)
+        if not cells[0].strip().endswith(".mp4"): problems.append(f"row {n}: found {shown(cells[0])}; expected '{name}.mp4', as in the list")
         if name in seen: problems.append(f"row {n}: {name} again, it is in row {seen[name]} already")
         elif name not in known: problems.append(f"row {n}: {name} is not in {clips.path}")
         seen.setdefault(name, n)
@@ -324,9 +330,10 @@ def load_run(source:str|Path)->tuple: # model, run, folder
     "A finished run's network, from its name or folder. A `DataError` where its weights are not."
     folder = next((p for p in (Path(source), *(reports_dir(x)/"runs"/str(source) for x in ("", "smoke"))) if (p/"config.json").is_file()), None)
     if folder is None: raise DataError(f"{source}: no such run; expected a name below {reports_dir()/'runs'}, or a folder with config.json")
-    run = from_dict(Run, read_json(folder/"config.json"))
+    run = read_run(folder/"config.json")
     if not (file:=folder/"model.safetensors").is_file(): raise DataError(f"{file}: the weights of this run are not here; a store of results holds none, `pcan_train --config {folder/'config.json'}` makes them after the folder's metrics.json is removed")
     from safetensors.torch import load_file
     model, _ = SYSTEMS[run.system].build(run)
-    model.load_state_dict({k[6:]: v for k,v in load_file(file).items() if k.startswith("model.")})
+    try: model.load_state_dict({k[6:]: v for k,v in load_file(file).items() if k.startswith("model.")})
+    except Exception as e: raise DataError(f"{file}: not the weights of this run ({type(e).__name__}: {str(e)[:200]}); copy it again, or delete the folder to train it again") from None
     return model, run, folder

@@ -19,11 +19,13 @@ class ActionTree:
     parents:tuple  # `K_A` body ids
 
     def __post_init__(self):
-        for name in ("bodies", "actions", "parents"): object.__setattr__(self, name, tuple(getattr(self, name)))   # lists from JSON are welcome
+        for name,kind in (("bodies", str), ("actions", str), ("parents", int)):                # lists from JSON are welcome
+            if not isinstance(v:=getattr(self, name), (list, tuple)) or not v or not all(type(x) is kind for x in v): raise ValueError(f"{name}: found {str(v)[:80]!r}; expected a list of {dict(str='names', int='body ids')[kind.__name__]}")
+            object.__setattr__(self, name, tuple(v))
         if len(self.actions)!=len(self.parents):
             raise ValueError(f"found {len(self.actions)} actions and {len(self.parents)} parents; expected one parent per action")
         if bad:=sorted(set(self.parents) - set(range(len(self.bodies)))):
-            raise ValueError(f"found parent ids {bad}; expected ids 0 to {len(self.bodies)-1}, one per body part")
+            raise ValueError(f"found parent ids {str(bad)[:80]}; expected ids 0 to {len(self.bodies)-1}, one per body part")
 
     @property
     def K_A(self)->int:

@@ -45,11 +45,22 @@ def open_video(
     path = str(path)
     try: import decord
     except ImportError: return _reader_av(path)
+    _believable(path)
     with _hushed(): v = decord.VideoReader(path, num_threads=1)      # here: a reader from a parent process breaks
     if not len(v): raise ValueError("no frames")
     def read(i):
         with _hushed(): return v.get_batch(list(i)).asnumpy()
     return len(v), read, lambda: v.get_frame_timestamp(range(len(v)))[:,0]
+
+def _believable(path): # a ValueError for a header that decord would take at its word: it reserves so much memory, and if there is none it ends the process
+    try:
+        import av
+        with av.open(path) as f: said = [(s.frames, s.width, s.height) for s in f.streams.video]
+    except Exception: return                                         # no PyAV, or no video: decord says so
+    size = os.path.getsize(path)
+    for n,w,h in said:
+        if n>size/8: raise ValueError(f"its header says {n:,} frames in {size:,} bytes")
+        if w*h>2**27: raise ValueError(f"its header says frames of {w:,} × {h:,}")
 
 @contextmanager
 def _hushed(): # decord's C++ part writes to stderr what it also raises

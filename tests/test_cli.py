@@ -26,7 +26,7 @@ def test_a_mistake_gets_one_helpful_line(args, expected):
 
 def test_a_table_in_pieces(tmp_path, monkeypatch, capsys):
     "`--minutes` stops in time, says how far it came, and the next call goes on."
-    from pcan import cli, config, runs
+    from pcan import cli, config
     monkeypatch.setenv("PCAN_REPORTS", str(tmp_path))
     run = config.alone("poseconv3d", "smoke")
     monkeypatch.setattr(config, "plan", lambda table, profile, seeds: {"one": [run]})
