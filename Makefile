@@ -1,7 +1,7 @@
 # make reports               train what is missing, execute the experiments, write reports/index.html
 # make reports FRESH=1       the same from nothing, into reports/fresh, beside the committed results
 # make reports SYSTEMS=all   with the fourteen other systems of Table 1
-# make test                  notebooks and package in sync, notebook tests, pytest, a smoke run of every experiment
+# make test                  notebooks and package in sync, linter, notebook tests, pytest, a smoke run of every experiment; how much of pcan/ pytest ran
 # make verify               one cheap run of each table again, compared with the committed result; TABLES=systems chooses
 # make test-site             the committed pages and that of pcan_demo in a browser (needs Chromium): console, requests, pictures, links, phone, dark, paper
 # make pose-env             the environment of its own that pcan_pose wants (mmpose, numpy below 2): .venv-pose, 1.6 GB
@@ -19,10 +19,14 @@ PYTHON311 ?= python3.11
 PYTHON312 ?= python3.12
 BIN     := $(VENV)/bin
 JOBS    ?= $(shell nproc 2>/dev/null || echo 2)
+LEAST   ?= 85
 
 .PHONY: help install reports verify test test-slow test-site test-fuzz test-compat pose-env test-pose notebooks readme data clean
 help:
 	@grep '^# make' Makefile | cut -c3-
+
+# absolute: commands that tests start elsewhere count too
+COVER   = COVERAGE_FILE=$(CURDIR)/.coverage $(BIN)/python -m coverage
 
 install: $(VENV)/.installed
 $(VENV)/.installed: constraints.txt settings.ini setup.py
@@ -67,7 +71,12 @@ data: install
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(JOBS) --do_print
-	$(BIN)/python -m pytest
+	rm -f .coverage .coverage.*
+	$(COVER) run -m pytest
+	@find . -maxdepth 1 -name '.coverage.*' -size 0 -delete
+	@$(COVER) combine -q
+	@echo "Least covered by pytest:"; $(COVER) report --sort=cover | sed -n '1p;3,7p'
+	@echo "Percent of pcan/ (at least $(LEAST)):"; $(COVER) report --format=total --fail-under=$(LEAST)
 
 test-fuzz: install
 	OMP_NUM_THREADS=1 $(if $(FUZZ_SECONDS),FUZZ_SECONDS=$(FUZZ_SECONDS)) $(BIN)/python -m pytest -m fuzz -rP
