@@ -9,6 +9,7 @@ __all__ = ['CHOICES', 'tree_states', 'hierarchical_loss', 'calibrate', 'check_ch
 import torch
 from torch.nn.functional import cross_entropy
 from .prototypes import class_means, cosine, unit
+from .scale import processes
 
 # %% ../nbs/40_losses.ipynb #40-losses-05
 def tree_states(
@@ -104,7 +105,7 @@ def calibration_loss(
     each = sum(w*calibrate(F, P, q, m, -1, target=y, scale=s, **kw) for (w,s),m in zip(map(split, alpha), fn, strict=True))   # (B,)
     cls = dict(predicted=torch.where(fp.any(1), fp.int().argmax(1), y), truth=y)
     each = each + fp_sign*calibrate(F, P, q, fp, +1, target=cls[fp_target], centre=cls[fp_centre], **kw)
-    return each.sum()*(per_batch/len(F) if per_batch else 1.)
+    return each.sum()*(per_batch/len(F) if per_batch else processes())   # of the mean over processes a sum is so many times its own
 
 # %% ../nbs/40_losses.ipynb #40-losses-41
 def diversity_loss(

@@ -21,8 +21,9 @@ from .data import Clips, loader, people
 from .files import DataError, atomic, data_dir, read_json, root, write_json
 from .metrics import evaluate
 from .model import best_child, fuse
+from .scale import agreed, is_first, make_accelerator, processes
 from .systems import SYSTEMS
-from .train import fit, make_accelerator, predict, seed_epoch
+from .train import fit, predict, seed_epoch
 from .tree import MA52, ActionTree
 
 # %% ../nbs/71_runs.ipynb #71-runs-05
@@ -103,7 +104,7 @@ def environment(model)->dict:
     gpu = torch.cuda.is_available()
     return dict(pcan=_version("pcan"), commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain", "--untracked-files=no", "--", "pcan", "nbs")),
                 python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, accelerate=accelerate.__version__, opencv=cv2.__version__,
-                device=torch.cuda.get_device_name() if gpu else f"CPU, {platform.machine()}", vector=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads(), processes=int(os.environ.get("WORLD_SIZE", 1)),
+                device=torch.cuda.get_device_name() if gpu else f"CPU, {platform.machine()}", vector=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads(), processes=processes(),
                 parameters=sum(p.numel() for p in model.parameters()), started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
 def _version(name):
@@ -113,10 +114,10 @@ def _version(name):
 
 @contextmanager
 def locked(path:Path):
-    "Hold a folder for one process; the lock goes when the process does, however it ends."
+    "Hold a folder for one process, or through their first one for those that train together; the lock goes when it does, however it ends."
     path.mkdir(parents=True, exist_ok=True)
     with open(path/".lock", "w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
+        if is_first(): fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
 # %% ../nbs/71_runs.ipynb #71-runs-14
@@ -141,10 +142,10 @@ def get(
 )->Result:
     "The result of a run: read if it is there, else trained, from its last checkpoint if there is one."
     path = run.path
-    if (path/"metrics.json").exists(): return Result(run, path)
+    if agreed((path/"metrics.json").exists()): return Result(run, path)
     ensure_data(run.profile, progress=progress)
     with locked(path):
-        if not (path/"metrics.json").exists(): train(run, path, progress, workers)
+        if not agreed((path/"metrics.json").exists()): train(run, path, progress, workers)
     return Result(run, path)
 
 # %% ../nbs/71_runs.ipynb #71-runs-18
@@ -169,7 +170,7 @@ def train(
 ):
     "Train a run, or go on with it, and write its folder."
     started = time.perf_counter()
-    write_json(path/"config.json", asdict(run))
+    if is_first(): write_json(path/"config.json", asdict(run))
     if not torch.cuda.is_available(): torch.set_num_threads(1)   # sums in the same order whatever the machine; runs go side by side instead
     seed_epoch(run.seed, -1)
     model, loss = SYSTEMS[run.system].build(run)
@@ -186,18 +187,21 @@ def train(
     metrics, net = {}, accelerator.prepare(model)
     for split in dict.fromkeys(("val", run.split)):
         s = scores(net, accelerator, split)
-        with atomic(path/f"scores_{split}.npz") as f: np.savez_compressed(f, **s)
+        if is_first():
+            with atomic(path/f"scores_{split}.npz") as f: np.savez_compressed(f, **s)
         metrics[split] = measure(with_fused(s, run.tree), run.tree)
-    if accelerator.is_main_process:
+    if is_first():
         write_json(path/"environment.json", env | cost(run, history, len(data["train"]), started) | (dict(trained_as=base.name) if base!=run else {}))
         write_json(path/"metrics.json", metrics)
         if base==run: (path/"checkpoint.safetensors").replace(path/"model.safetensors")
+    accelerator.wait_for_everyone()
 
 # %% ../nbs/71_runs.ipynb #71-runs-21
 def adopt(base:Run, model, path:Path)->list: # the history
     "Take another run's training: its weights into `model`, its history into `path`."
     model.load_state_dict(weights(base))
-    with atomic(path/"history.csv") as f: f.write((base.path/"history.csv").read_bytes())
+    if is_first():
+        with atomic(path/"history.csv") as f: f.write((base.path/"history.csv").read_bytes())
     return Result(base, base.path).history
 
 def cost(run:Run, history:list, clips:int, started:float)->dict:

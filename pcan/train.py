@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RULES', 'Optim', 'lr_at', 'parameter_groups', 'make_optimizer', 'seed_epoch', 'train_epoch', 'save_checkpoint',
-           'load_checkpoint', 'predict', 'set_epoch', 'make_accelerator', 'laid_out', 'write_csv', 'fit']
+           'load_checkpoint', 'predict', 'set_epoch', 'laid_out', 'write_csv', 'fit']
 
 # %% ../nbs/70_train.ipynb #70-train-02
 import json, math, time
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from .files import DataError, atomic
+from .scale import check_split, make_accelerator, one_norm
 
 # %% ../nbs/70_train.ipynb #70-train-05
 @dataclass(frozen=True)
@@ -83,11 +84,12 @@ def make_optimizer(
 
 # %% ../nbs/70_train.ipynb #70-train-16
 def seed_epoch(
-    seed:int,  # the run's seed
-    epoch:int, # -1 seeds the initial weights
+    seed:int,      # the run's seed
+    epoch:int,     # -1 seeds the initial weights
+    process:int=0, # of several that train together: each drops out other features
 ):
     "Seed torch for one epoch."
-    torch.manual_seed(int(np.random.SeedSequence((seed, epoch+1)).generate_state(1)[0]))
+    torch.manual_seed(int(np.random.SeedSequence((seed, epoch+1, process)).generate_state(1)[0]))
 
 # %% ../nbs/70_train.ipynb #70-train-19
 def train_epoch(
@@ -109,8 +111,9 @@ def train_epoch(
         if o.clip: accelerator.clip_grad_norm_(model.parameters(), o.clip)
         optimizer.step(); optimizer.zero_grad(set_to_none=True)
         b = len(batch["label"]); n += b
-        for k,v in {"loss": loss, **terms}.items(): sums[k] = sums.get(k, 0) + b*torch.as_tensor(v).detach()
+        for k,v in {"loss": loss, **terms}.items(): sums[k] = sums.get(k, 0) + b*torch.as_tensor(v, device=accelerator.device).detach()
         if on_step: on_step()
+    sums = accelerator.reduce(sums, "mean")                             # of all processes, which have seen equally many
     row = {"lr": lr_at(o, (epoch+1)*steps-1, steps), **{k: float(v)/n for k,v in sums.items()}}
     if bad:=[k for k,v in row.items() if not math.isfinite(v)]:
         raise FloatingPointError(f"epoch {epoch}: {', '.join(bad)} is no longer a finite number; try a smaller learning rate (now {o.lr}) or a smaller Optim.clip (now {o.clip})")
@@ -175,11 +178,6 @@ def set_epoch(loader, epoch:int):
     for x in (loader, getattr(loader, "dataset", None), getattr(loader, "sampler", None)):
         if hasattr(x, "set_epoch"): x.set_epoch(epoch)
 
-def make_accelerator(): # an `accelerate.Accelerator`
-    "Where to train: a GPU in bfloat16 if there is one, else this CPU in float32."
-    from accelerate import Accelerator
-    return Accelerator(mixed_precision="bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no")
-
 def laid_out(model:torch.nn.Module)->torch.nn.Module: # the same model
     "Kernels of 3D convolutions in the order of memory that is fastest, channels last."
     for p in model.parameters():
@@ -214,7 +212,8 @@ def fit(
     from tqdm import tqdm
     accelerator, path = accelerator or make_accelerator(), Path(path)
     checkpoint = path/"checkpoint.safetensors"
-    model = laid_out(model.to(accelerator.device))
+    check_split(o.batch, len(loader.dataset), accelerator.num_processes)
+    model = laid_out(one_norm(model.to(accelerator.device)))
     optimizer = make_optimizer(model, o)
     history = load_checkpoint(checkpoint, model, optimizer) if checkpoint.exists() else []
     net, optimizer, loader = accelerator.prepare(model, optimizer, loader)
@@ -222,7 +221,7 @@ def fit(
     for epoch in range(len(history), o.epochs):
         if stop_after is not None and stop_after <= 0: break
         start = time.perf_counter()
-        seed_epoch(seed, epoch)
+        seed_epoch(seed, epoch, accelerator.process_index)
         set_epoch(loader, epoch)
         row = {"epoch": epoch+1, **train_epoch(net, loss_fn, loader, optimizer, accelerator, prepare, o, epoch, bar.update)}
         row["seconds"] = round(time.perf_counter()-start, 2)
