@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BEST', 'Result', 'played_by', 'with_fused', 'everything', 'kept', 'measure', 'environment', 'locked', 'weights',
            'begin', 'get', 'score', 'train', 'adopt', 'cost', 'start', 'fill_cache', 'epochs_done', 'unfinished',
-           'RunError', 'TimeUp', 'get_all', 'agreement']
+           'ready', 'RunError', 'TimeUp', 'get_all', 'agreement']
 
 # %% ../nbs/71_runs.ipynb #71-runs-02
 import csv, fcntl, os, platform, resource, subprocess, sys, time
@@ -240,6 +240,19 @@ def unfinished(runs)->list: # none twice
         if not (r.path/"metrics.json").exists(): out |= dict.fromkeys([*unfinished(begins_with(r)), r])
     return list(out)
 
+def ready(
+    waiting:list, # runs that have not begun, of `unfinished`
+    running,      # runs that have
+    failed:dict,  # run -> why
+)->list:          # of runs
+    "Runs that can begin now. What begins with a failed one joins the failed."
+    free = []
+    for r in list(waiting):
+        before = [b for b in begins_with(r) if b in waiting or b in running or b in failed]
+        if bad := [b.name for b in before if b in failed]: waiting.remove(r); failed[r] = f"it begins with {bad[0]}, which failed"
+        elif not before: free.append(r)
+    return free
+
 # %% ../nbs/71_runs.ipynb #71-runs-26
 class RunError(RuntimeError):
     "Some runs failed; the message ends with the end of their logs."
@@ -263,10 +276,7 @@ def get_all(
     waiting, running, failed = list(missing), {}, {}
     try:
         while waiting or running:
-            for r in list(waiting):
-                before = [b for b in begins_with(r) if b in waiting or b in running or b in failed]
-                if bad := [b.name for b in before if b in failed]: waiting.remove(r); failed[r] = f"it begins with {bad[0]}, which failed"
-                elif not before and len(running)<jobs: waiting.remove(r); running[r] = start(r)
+            for r in ready(waiting, running, failed)[:jobs-len(running)]: waiting.remove(r); running[r] = start(r)
             time.sleep(.2)
             if minutes is not None and time.monotonic()-began >= 60*minutes:
                 raise TimeUp(f"{len(missing)-len(waiting)-len(running)-len(failed)} of {len(missing)} runs were finished when the time was up; the same command goes on with the others")
