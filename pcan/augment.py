@@ -43,9 +43,15 @@ class ClipSpec:
         if self.pose_as not in (known:=("heatmaps", "joints", "parts")): raise ValueError(f"ClipSpec.pose_as: found {self.pose_as!r}, expected one of {known}")
         if self.paired and self.pose_frames not in (0, self.rgb_frames):
             raise ValueError(f"found paired streams with {self.rgb_frames} RGB and {self.pose_frames} pose frames; expected equal numbers")
-    def size(self, train:bool)->int: # RGB side in pixels
+    def size(self,
+        train:bool,
+    )->int:
+        "Side of the frames a network sees."
         return self.rgb_size if train or self.test_size is None else self.test_size
-    def map_size(self, train:bool)->int: # heatmap side in pixels
+    def map_size(self,
+        train:bool,
+    )->int:
+        "Sides of its heatmaps."
         return round(self.pose_size*self.size(train)/self.rgb_size)
 
 # %% ../nbs/12_augment.ipynb #12-augment-08

@@ -75,7 +75,9 @@ def train(argv=None):
     except TimeUp as e: print(e); return 3
     for r in results: said(r)
 
-def said(result):
+def said(
+    result, # what a command returned
+):
     "Print what a run reached."
     from pcan.metrics import says_something
     print(f"{result.run.name} ({result.path}), {result.run.split}:")

@@ -40,9 +40,13 @@ class Profile:
     score_on:str      # the split whose labels the tables use
 
     @property
-    def synthetic(self)->bool: return self.data.startswith("synth/")
+    def synthetic(self)->bool:
+        "Is its data drawn?"
+        return self.data.startswith("synth/")
     @property
-    def scale(self)->str: return self.name.partition("@")[0]
+    def scale(self)->str:
+        "The profile whose sizes it has: its own name, without what follows an @."
+        return self.name.partition("@")[0]
     @property
     def thin(self)->bool: return self.scale!="paper"   # small networks, trained from random weights
     @property
@@ -104,9 +108,13 @@ class Run:
         return "-".join((self.system, *filter(None, [self.stream]), self.profile, f"s{self.seed}", sha[:8]))
 
     @property
-    def path(self)->Path: return reports_dir(self.profile)/"runs"/self.name
+    def path(self)->Path:
+        "Where its results lie."
+        return reports_dir(self.profile)/"runs"/self.name
     @property
-    def split(self)->str: return profile_of(self.profile).score_on
+    def split(self)->str:
+        "The split that is scored at the end."
+        return profile_of(self.profile).score_on
 
 def stated(x): # a dataclass -> dict
     "The fields that differ from their defaults: a field that is added later, at a default that means what was there before, renames no run."
@@ -163,7 +171,14 @@ def belongs(p:Profile, clip:ClipSpec)->tuple: # `ActionTree`, `Skeleton`
                              + ("stream='pose' (--stream pose), stgcn, 2sagcn or ctrgcn" if there==("pose",) else "stream='rgb' (--stream rgb), or a system on frames such as tsm or slowfast"))
     return declared(data_dir()/p.data)
 
-def check_asked(system, reading, stream, start, net, changes):
+def check_asked(
+    system,  # a row of `SYSTEMS`
+    reading, # published or released
+    stream,
+    start,   # what weights to begin with
+    net,     # its sizes
+    changes, # fields of a `Run`
+):
     "A `ValueError` for what there is not."
     if system not in SYSTEMS: raise ValueError(f"system: found {system!r}, expected one of {', '.join(SYSTEMS)}")
     if reading not in READINGS: raise ValueError(f"reading: found {reading!r}, expected one of {', '.join(READINGS)}")
@@ -176,7 +191,10 @@ def check_asked(system, reading, stream, start, net, changes):
     if start=="single" and not s.join: raise ValueError(f"found start='single'; {system} does not begin with networks of one stream, leave it out")
 
 # %% ../nbs/69_config.ipynb #69-config-13
-def from_dict(cls, d:dict):
+def from_dict(
+    cls,
+    d:dict, # what `config.json` holds
+):
     "Build a (nested) dataclass from what `asdict` and JSON made of it. A `ValueError` names unknown fields, and values of another kind than the field's."
     if not isinstance(d, dict): raise ValueError(f"{cls.__name__}: found {shown(d)}; expected a JSON object with its fields")
     known = {f.name: get_args(f.type) or (f.type,) for f in fields(cls)}               # name -> kinds of values
@@ -231,9 +249,13 @@ def has_video()->bool:
     from importlib.util import find_spec
     return all(find_spec(m) for m in ("av", "decord"))
 
-def data_root(run:Run)->Path: return data_dir()/run.data
+def data_root(run:Run)->Path: return data_dir()/run.data  # where its data lies
 
-def clips_of(run:Run, split:str, train:bool=False)->Clips:
+def clips_of(
+    run:Run,
+    split:str,
+    train:bool=False, # draw frames, boxes and mirrors at random
+)->Clips:
     "One split of a run's data, as its items."
     check_same(run, data_root(run))
     source = video
@@ -263,11 +285,11 @@ def begins_with(run:Run)->list: # of runs
 ALPHAS = ((1.,1.,1.), (1.,.1,.1), (.1,1.,.5), (1.,.5,1.), (1.,.1,.5), (1.,.5,.1))   # Table 3, in the paper's order
 LAMBDAS = (0., .1, 10., 1.)                                                        # Table 2, in the paper's order
 
-def table1(profile): return {"PoseConv3D": lambda s: make("poseconv3d", profile, s), "PCAN": lambda s: make("pcan", profile, s)}
-def systems(profile): return {row.label: lambda s, n=n: make(n, profile, s) for n,row in SYSTEMS.items() if row.group and not row.pathways}
+def table1(profile): return {"PoseConv3D": lambda s: make("poseconv3d", profile, s), "PCAN": lambda s: make("pcan", profile, s)}  # label -> run of a seed
+def systems(profile): return {row.label: lambda s, n=n: make(n, profile, s) for n,row in SYSTEMS.items() if row.group and not row.pathways}  # the other rows of Table 1
 systems.seeds = lambda profile: (0,)
-def table2(profile): return {f"λ = {l:g}": lambda s, l=l: make("pcan", profile, s, lam=l) for l in LAMBDAS}
-def table3(profile): return {", ".join(f"{a:g}" for a in al): lambda s, al=al: make("pcan", profile, s, alpha=al) for al in ALPHAS}
+def table2(profile): return {f"λ = {l:g}": lambda s, l=l: make("pcan", profile, s, lam=l) for l in LAMBDAS}  # one per λ
+def table3(profile): return {", ".join(f"{a:g}" for a in al): lambda s, al=al: make("pcan", profile, s, alpha=al) for al in ALPHAS}  # one per α
 
 # %% ../nbs/69_config.ipynb #69-config-25
 LONG = dict(net=TINY, pose_frames=12, epochs=20, lr=3e-3, first=dict(epochs=100, lr=1e-2))   # of the one-stream comparisons at profile bench

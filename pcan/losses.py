@@ -9,6 +9,7 @@ __all__ = ['CHOICES', 'tree_states', 'hierarchical_loss', 'calibrate', 'check_ch
 import torch
 from torch.nn.functional import cross_entropy
 from .prototypes import class_means, cosine, unit
+from .scale import processes
 
 # %% ../nbs/40_losses.ipynb #40-losses-05
 def tree_states(
@@ -108,7 +109,7 @@ def calibration_loss(
     each = calibrate(F, P, q, torch.stack([*fn, fp]), _column((-1.,)*S + (1.,), F)[...,None], tau, over(given[fp_target]), over(given[fp_centre]),
                      members, penalty, _column((*alpha, 1.), F)[...,None] if alpha_on=="logits" else 1., detach_mu)   # (S+1,B)
     weight = (*(alpha if alpha_on=="terms" else (1.,)*S), fp_sign)
-    return (_column(weight, F)*each).sum()*(per_batch/len(F) if per_batch else 1.)
+    return (_column(weight, F)*each).sum()*(per_batch/len(F) if per_batch else processes())   # of the mean over processes a sum is so many times its own
 
 # %% ../nbs/40_losses.ipynb #40-losses-41
 def diversity_loss(

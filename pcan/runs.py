@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BEST', 'Result', 'played_by', 'with_fused', 'everything', 'kept', 'measure', 'environment', 'locked', 'weights',
            'begin', 'get', 'score', 'train', 'adopt', 'cost', 'start', 'fill_cache', 'epochs_done', 'unfinished',
-           'RunError', 'TimeUp', 'get_all', 'agreement']
+           'ready', 'RunError', 'TimeUp', 'get_all', 'agreement']
 
 # %% ../nbs/71_runs.ipynb #71-runs-02
 import csv, fcntl, os, platform, resource, subprocess, sys, time
@@ -22,8 +22,9 @@ from .data import people
 from .files import DataError, atomic, data_dir, load_npz, read_json, root, write_json
 from .metrics import evaluate
 from .model import best_child, fuse
+from .scale import agreed, is_first, make_accelerator, processes
 from .systems import SYSTEMS
-from .train import fit, make_accelerator, predict, seed_epoch
+from .train import fit, predict, seed_epoch
 from .tree import MA52, ActionTree
 
 # %% ../nbs/71_runs.ipynb #71-runs-05
@@ -104,7 +105,7 @@ def environment(model)->dict:
     gpu = torch.cuda.is_available()
     return dict(pcan=_version("pcan"), commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain", "--untracked-files=no", "--", "pcan", "nbs")),
                 python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, accelerate=accelerate.__version__, opencv=cv2.__version__,
-                device=torch.cuda.get_device_name() if gpu else f"CPU, {platform.machine()}", vector=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads(), processes=int(os.environ.get("WORLD_SIZE", 1)),
+                device=torch.cuda.get_device_name() if gpu else f"CPU, {platform.machine()}", vector=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads(), processes=processes(),
                 parameters=sum(p.numel() for p in model.parameters()), started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
 def _version(name):
@@ -114,10 +115,10 @@ def _version(name):
 
 @contextmanager
 def locked(path:Path):
-    "Hold a folder for one process; the lock goes when the process does, however it ends."
+    "Hold a folder for one process, or through their first one for those that train together; the lock goes when it does, however it ends."
     path.mkdir(parents=True, exist_ok=True)
     with open(path/".lock", "w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
+        if is_first(): fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
 # %% ../nbs/71_runs.ipynb #71-runs-14
@@ -142,19 +143,21 @@ def get(
 )->Result:
     "The result of a run: read if it is there, else trained, from its last checkpoint if there is one."
     path = run.path
-    if (path/"metrics.json").exists(): return Result(run, path)
+    if agreed((path/"metrics.json").exists()): return Result(run, path)
     ensure_data(run.profile, progress=progress)
     with locked(path):
-        if not (path/"metrics.json").exists(): train(run, path, progress, workers)
+        if not agreed((path/"metrics.json").exists()): train(run, path, progress, workers)
     return Result(run, path)
 
 # %% ../nbs/71_runs.ipynb #71-runs-18
 def score(
-    run:Run, model, accelerator,
-    clips:Clips,    # what to score
-    workers:int=0,  # data-loading processes
-    keep=kept,      # or `everything`
-)->dict:            # what `Result.scores` keeps
+    run:Run,
+    model,
+    accelerator,   # of `accelerate`
+    clips:Clips,   # what to score
+    workers:int=0, # data-loading processes
+    keep=kept,     # or `everything`
+)->dict:           # what `Result.scores` keeps
     "A model's probabilities for every clip of a split."
     batches = accelerator.prepare(loader(clips, run.optim.batch, workers=workers, train=False))
     s = predict(model, batches, accelerator, lambda b: prepare(b, run.clip, False), lambda out: keep(out, run.clip.clips_test, run.tree))
@@ -170,7 +173,7 @@ def train(
 ):
     "Train a run, or go on with it, and write its folder."
     started = time.perf_counter()
-    write_json(path/"config.json", asdict(run))
+    if is_first(): write_json(path/"config.json", asdict(run))
     if not torch.cuda.is_available(): torch.set_num_threads(1)   # sums in the same order whatever the machine; runs go side by side instead
     seed_epoch(run.seed, -1)
     model, loss = SYSTEMS[run.system].build(run)
@@ -187,21 +190,29 @@ def train(
     metrics, net = {}, accelerator.prepare(model)
     for split in dict.fromkeys(("val", run.split)):
         s = scores(net, accelerator, split)
-        with atomic(path/f"scores_{split}.npz") as f: np.savez_compressed(f, **s)
+        if is_first():
+            with atomic(path/f"scores_{split}.npz") as f: np.savez_compressed(f, **s)
         metrics[split] = measure(with_fused(s, run.tree), run.tree)
-    if accelerator.is_main_process:
+    if is_first():
         write_json(path/"environment.json", env | cost(run, history, len(data["train"]), started) | (dict(trained_as=base.name) if base!=run else {}))
         write_json(path/"metrics.json", metrics)
         if base==run: (path/"checkpoint.safetensors").replace(path/"model.safetensors")
+    accelerator.wait_for_everyone()
 
 # %% ../nbs/71_runs.ipynb #71-runs-21
 def adopt(base:Run, model, path:Path)->list: # the history
     "Take another run's training: its weights into `model`, its history into `path`."
     model.load_state_dict(weights(base))
-    with atomic(path/"history.csv") as f: f.write((base.path/"history.csv").read_bytes())
+    if is_first():
+        with atomic(path/"history.csv") as f: f.write((base.path/"history.csv").read_bytes())
     return Result(base, base.path).history
 
-def cost(run:Run, history:list, clips:int, started:float)->dict:
+def cost(
+    run:Run,
+    history:list,  # rows of `history.csv`
+    clips:int,     # in an epoch
+    started:float, # seconds
+)->dict:
     "What a run took."
     seconds = sum(r["seconds"] for r in history)
     out = dict(seconds=round(time.perf_counter()-started, 1), training_seconds=round(seconds, 1), samples_per_s=round(clips*len(history)/seconds, 1),
@@ -237,6 +248,19 @@ def unfinished(runs)->list: # none twice
         if not (r.path/"metrics.json").exists(): out |= dict.fromkeys([*unfinished(begins_with(r)), r])
     return list(out)
 
+def ready(
+    waiting:list, # runs that have not begun, of `unfinished`
+    running,      # runs that have
+    failed:dict,  # run -> why
+)->list:          # of runs
+    "Runs that can begin now. What begins with a failed one joins the failed."
+    free = []
+    for r in list(waiting):
+        before = [b for b in begins_with(r) if b in waiting or b in running or b in failed]
+        if bad := [b.name for b in before if b in failed]: waiting.remove(r); failed[r] = f"it begins with {bad[0]}, which failed"
+        elif not before: free.append(r)
+    return free
+
 # %% ../nbs/71_runs.ipynb #71-runs-26
 class RunError(RuntimeError):
     "Some runs failed; the message ends with the end of their logs."
@@ -260,10 +284,7 @@ def get_all(
     waiting, running, failed = list(missing), {}, {}
     try:
         while waiting or running:
-            for r in list(waiting):
-                before = [b for b in begins_with(r) if b in waiting or b in running or b in failed]
-                if bad := [b.name for b in before if b in failed]: waiting.remove(r); failed[r] = f"it begins with {bad[0]}, which failed"
-                elif not before and len(running)<jobs: waiting.remove(r); running[r] = start(r)
+            for r in ready(waiting, running, failed)[:jobs-len(running)]: waiting.remove(r); running[r] = start(r)
             time.sleep(.2)
             if minutes is not None and time.monotonic()-began >= 60*minutes:
                 raise TimeUp(f"{len(missing)-len(waiting)-len(running)-len(failed)} of {len(missing)} runs were finished when the time was up; the same command goes on with the others")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RULES', 'Optim', 'lr_at', 'parameter_groups', 'make_optimizer', 'seed_epoch', 'train_epoch', 'save_checkpoint',
-           'load_checkpoint', 'predict', 'set_epoch', 'make_accelerator', 'laid_out', 'write_csv', 'fit']
+           'load_checkpoint', 'predict', 'set_epoch', 'laid_out', 'write_csv', 'fit']
 
 # %% ../nbs/70_train.ipynb #70-train-02
 import json, math, time
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from .files import DataError, atomic
+from .scale import check_split, make_accelerator, one_norm
 
 # %% ../nbs/70_train.ipynb #70-train-05
 @dataclass(frozen=True)
@@ -83,11 +84,12 @@ def make_optimizer(
 
 # %% ../nbs/70_train.ipynb #70-train-16
 def seed_epoch(
-    seed:int,  # the run's seed
-    epoch:int, # -1 seeds the initial weights
+    seed:int,      # the run's seed
+    epoch:int,     # -1 seeds the initial weights
+    process:int=0, # of several that train together: each drops out other features
 ):
     "Seed torch for one epoch."
-    torch.manual_seed(int(np.random.SeedSequence((seed, epoch+1)).generate_state(1)[0]))
+    torch.manual_seed(int(np.random.SeedSequence((seed, epoch+1, process)).generate_state(1)[0]))
 
 # %% ../nbs/70_train.ipynb #70-train-19
 def train_epoch(
@@ -109,8 +111,9 @@ def train_epoch(
         if o.clip: accelerator.clip_grad_norm_(model.parameters(), o.clip)
         optimizer.step(); optimizer.zero_grad(set_to_none=True)
         b = len(batch["label"]); n += b
-        for k,v in {"loss": loss, **terms}.items(): sums[k] = sums.get(k, 0) + b*torch.as_tensor(v).detach()
+        for k,v in {"loss": loss, **terms}.items(): sums[k] = sums.get(k, 0) + b*torch.as_tensor(v, device=accelerator.device).detach()
         if on_step: on_step()
+    sums = accelerator.reduce(sums, "mean")                             # of all processes, which have seen equally many
     row = {"lr": lr_at(o, (epoch+1)*steps-1, steps), **{k: float(v)/n for k,v in sums.items()}}
     if bad:=[k for k,v in row.items() if not math.isfinite(v)]:
         raise FloatingPointError(f"epoch {epoch}: {', '.join(bad)} is no longer a finite number; try a smaller learning rate (now {o.lr}) or a smaller Optim.clip (now {o.clip})")
@@ -118,8 +121,9 @@ def train_epoch(
 
 # %% ../nbs/70_train.ipynb #70-train-21
 def save_checkpoint(
-    path:Path,   # file to write
-    model, optimizer,
+    path:Path,    # file to write
+    model,
+    optimizer,    # its state is kept too
     history:list, # one dict per finished epoch
 ):
     "Write weights, optimiser state and history into one file, atomically."
@@ -132,8 +136,10 @@ def save_checkpoint(
     with atomic(path) as f: f.write(data)
 
 def load_checkpoint(
-    path:Path, model, optimizer=None,
-)->list: # the history
+    path:Path,
+    model,
+    optimizer=None, # its state is set too
+)->list:            # the history
     "Fill model and optimiser from a checkpoint. A `DataError` names the file when it is broken or does not fit."
     from safetensors import safe_open
     try:
@@ -153,10 +159,12 @@ def load_checkpoint(
 # %% ../nbs/70_train.ipynb #70-train-23
 @torch.no_grad()
 def predict(
-    model, loader, accelerator,
-    prepare, # `prepare(batch) -> inputs`
-    fuse,    # `fuse(outputs) -> {stream: (p_action (B,K_A), p_body (B,K_B) or None)}`
-)->dict:     # `index (N,)`, `label (N,)`, `<stream>_action (N,K_A)` and, where there is one, `<stream>_body (N,K_B)`: numpy arrays in the data set's order
+    model,
+    loader,      # batches
+    accelerator, # of `accelerate`
+    prepare,     # `prepare(batch) -> inputs`
+    fuse,        # `fuse(outputs) -> {stream: (p_action (B,K_A), p_body (B,K_B) or None)}`
+)->dict:         # `index (N,)`, `label (N,)`, `<stream>_action (N,K_A)` and, where there is one, `<stream>_body (N,K_B)`: numpy arrays in the data set's order
     "Probabilities of every clip, each counted once whatever the number of processes."
     model.eval()
     parts = []
@@ -170,15 +178,13 @@ def predict(
     return {k: (v[order].half() if v.is_floating_point() else v[order]).numpy() for k,v in out.items()}
 
 # %% ../nbs/70_train.ipynb #70-train-25
-def set_epoch(loader, epoch:int):
+def set_epoch(
+    loader,    # its clips draw anew
+    epoch:int, # from 0
+):
     "Tell data set and sampler which epoch begins."
     for x in (loader, getattr(loader, "dataset", None), getattr(loader, "sampler", None)):
         if hasattr(x, "set_epoch"): x.set_epoch(epoch)
-
-def make_accelerator(): # an `accelerate.Accelerator`
-    "Where to train: a GPU in bfloat16 if there is one, else this CPU in float32."
-    from accelerate import Accelerator
-    return Accelerator(mixed_precision="bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no")
 
 def laid_out(model:torch.nn.Module)->torch.nn.Module: # the same model
     "Kernels of 3D convolutions in the order of memory that is fastest, channels last."
@@ -198,23 +204,25 @@ def write_csv(
 
 # %% ../nbs/70_train.ipynb #70-train-26
 def fit(
-    model, loss_fn,
-    loader,            # training batches; `loader.set_epoch(e)` or `loader.dataset.set_epoch(e)` is called when there is one
-    prepare,           # `prepare(batch) -> inputs`
-    o:Optim,           # settings
-    path:Path,         # folder for `checkpoint.safetensors` and `history.csv`
-    seed:int=0,        # order, augmentation, dropout
-    validate=None,     # `validate(model, accelerator) -> dict`
-    every:int=1,       # how often: after every so many epochs, and after the last
-    accelerator=None,  # an `accelerate.Accelerator`
-    progress:bool=True,# show a bar
-    stop_after:int=None,# stop after so many epochs in this call, as if killed (for tests)
-)->list:               # history: one dict per epoch
+    model,
+    loss_fn,             # outputs, labels -> loss, parts
+    loader,              # training batches; `loader.set_epoch(e)` or `loader.dataset.set_epoch(e)` is called when there is one
+    prepare,             # `prepare(batch) -> inputs`
+    o:Optim,             # settings
+    path:Path,           # folder for `checkpoint.safetensors` and `history.csv`
+    seed:int=0,          # order, augmentation, dropout
+    validate=None,       # `validate(model, accelerator) -> dict`
+    every:int=1,         # how often: after every so many epochs, and after the last
+    accelerator=None,    # an `accelerate.Accelerator`
+    progress:bool=True,  # show a bar
+    stop_after:int=None, # stop after so many epochs in this call, as if killed (for tests)
+)->list:                 # history: one dict per epoch
     "Train, or go on training: a run stopped anywhere goes on from its last finished epoch and ends with the same weights."
     from tqdm import tqdm
     accelerator, path = accelerator or make_accelerator(), Path(path)
     checkpoint = path/"checkpoint.safetensors"
-    model = laid_out(model.to(accelerator.device))
+    check_split(o.batch, len(loader.dataset), accelerator.num_processes)
+    model = laid_out(one_norm(model.to(accelerator.device)))
     optimizer = make_optimizer(model, o)
     history = load_checkpoint(checkpoint, model, optimizer) if checkpoint.exists() else []
     net, optimizer, loader = accelerator.prepare(model, optimizer, loader)
@@ -222,7 +230,7 @@ def fit(
     for epoch in range(len(history), o.epochs):
         if stop_after is not None and stop_after <= 0: break
         start = time.perf_counter()
-        seed_epoch(seed, epoch)
+        seed_epoch(seed, epoch, accelerator.process_index)
         set_epoch(loader, epoch)
         row = {"epoch": epoch+1, **train_epoch(net, loss_fn, loader, optimizer, accelerator, prepare, o, epoch, bar.update)}
         row["seconds"] = round(time.perf_counter()-start, 2)
