@@ -44,13 +44,13 @@ class ClipSpec:
         if self.paired and self.pose_frames not in (0, self.rgb_frames):
             raise ValueError(f"found paired streams with {self.rgb_frames} RGB and {self.pose_frames} pose frames; expected equal numbers")
     def size(self,
-        train:bool,
-    )->int:
+        train:bool, # in training, or at the test
+    )->int:         # pixels
         "Side of the frames a network sees."
         return self.rgb_size if train or self.test_size is None else self.test_size
     def map_size(self,
-        train:bool,
-    )->int:
+        train:bool, # in training, or at the test
+    )->int:         # pixels
         "Sides of its heatmaps."
         return round(self.pose_size*self.size(train)/self.rgb_size)
 

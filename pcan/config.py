@@ -61,6 +61,7 @@ PROFILES = {p.name: p for p in (
     Profile("paper", "ma52", PAPER, ClipSpec(), Optim(), (0,), "val"),
 )}
 
+# %% ../nbs/69_config.ipynb #69-config-06
 def profile_of(
     name:str, # of a row, or `row@data`: that row's scale on a data set of your own, the folder `data/<data>`
 )->Profile:
@@ -72,7 +73,7 @@ def profile_of(
         raise ValueError(f"data set: found the name {data!r}; expected a folder below data/ that begins with a letter or digit and goes on with letters, digits, dots, - and _")
     return replace(PROFILES[scale], name=name, data=data, score_on="test" if has_own_test(data_dir()/data) else "val")
 
-# %% ../nbs/69_config.ipynb #69-config-08
+# %% ../nbs/69_config.ipynb #69-config-09
 RECIPE = 2   # raise when a change of code, or of a default, changes what a run with the same fields computes
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ class Run:
         "The split that is scored at the end."
         return profile_of(self.profile).score_on
 
+# %% ../nbs/69_config.ipynb #69-config-10
 def stated(x): # a dataclass -> dict
     "The fields that differ from their defaults: a field that is added later, at a default that means what was there before, renames no run."
     if isinstance(x, ActionTree): return asdict(x)
@@ -123,7 +125,7 @@ def stated(x): # a dataclass -> dict
     differ = {f.name: getattr(x, f.name) for f in fields(x) if getattr(x, f.name)!=getattr(default, f.name)}
     return {k: stated(v) if is_dataclass(v) else v for k,v in differ.items()}
 
-# %% ../nbs/69_config.ipynb #69-config-10
+# %% ../nbs/69_config.ipynb #69-config-12
 _AS_RELEASED = dict(clip=dict(test_size=256, flip_fingers=False), optim=dict(epochs=30, milestones=(10,20)), start="single")
 
 def make(
@@ -154,7 +156,7 @@ def make(
                start or ("single" if last else more.get("start", "random" if p.thin else s.start) if not stream or s.staged else "random"),
                optim if last and not p.thin else None, tuple(sorted(s.thin.items())) if p.thin else (), tree)
 
-# %% ../nbs/69_config.ipynb #69-config-12
+# %% ../nbs/69_config.ipynb #69-config-14
 def seen(s, p:Profile, stream:str=None)->ClipSpec: # s: a row of `SYSTEMS`
     "How a system's clips become tensors."
     own = s.thin_clip if p.thin else s.clip
@@ -190,7 +192,7 @@ def check_asked(
     if start=="imagenet" and not s.images: raise ValueError(f"found start='imagenet'; no library has weights for {system}, leave it out")
     if start=="single" and not s.join: raise ValueError(f"found start='single'; {system} does not begin with networks of one stream, leave it out")
 
-# %% ../nbs/69_config.ipynb #69-config-13
+# %% ../nbs/69_config.ipynb #69-config-15
 def from_dict(
     cls,
     d:dict, # what `config.json` holds
@@ -220,7 +222,7 @@ def read_run(path:str|Path)->Run: # `config.json` of a run
     try: return from_dict(Run, read_json(path))
     except ValueError as e: raise DataError(str(e) if isinstance(e, DataError) else f"{path}: not the configuration of a run ({e}); expected what `pcan_train` writes as config.json") from None
 
-# %% ../nbs/69_config.ipynb #69-config-15
+# %% ../nbs/69_config.ipynb #69-config-17
 def data_identity(data:str)->str: # sha256
     "Fingerprint of a data set; synthetic sets need not be there yet."
     kind,_,name = data.partition("/")
@@ -264,7 +266,7 @@ def clips_of(
         source = drawn(run.data.split("/")[1])
     return Clips(data_root(run), split, run.clip, train=train, seed=run.seed, source=source)
 
-# %% ../nbs/69_config.ipynb #69-config-19
+# %% ../nbs/69_config.ipynb #69-config-21
 def singles(run:Run)->list: # one or two runs
     "The one-stream runs that a run with `start='single'` begins with: PoseConv3D's, or the system's own."
     s, thin = SYSTEMS[run.system], profile_of(run.profile).thin
@@ -281,7 +283,7 @@ def begins_with(run:Run)->list: # of runs
     "What must be finished before a run can start."
     return (singles(run) if run.start=="single" else []) + [b for b in [trained_as(run)] if b!=run]
 
-# %% ../nbs/69_config.ipynb #69-config-23
+# %% ../nbs/69_config.ipynb #69-config-25
 ALPHAS = ((1.,1.,1.), (1.,.1,.1), (.1,1.,.5), (1.,.5,1.), (1.,.1,.5), (1.,.5,.1))   # Table 3, in the paper's order
 LAMBDAS = (0., .1, 10., 1.)                                                        # Table 2, in the paper's order
 
@@ -291,7 +293,7 @@ systems.seeds = lambda profile: (0,)
 def table2(profile): return {f"λ = {l:g}": lambda s, l=l: make("pcan", profile, s, lam=l) for l in LAMBDAS}  # one per λ
 def table3(profile): return {", ".join(f"{a:g}" for a in al): lambda s, al=al: make("pcan", profile, s, alpha=al) for al in ALPHAS}  # one per α
 
-# %% ../nbs/69_config.ipynb #69-config-25
+# %% ../nbs/69_config.ipynb #69-config-27
 LONG = dict(net=TINY, pose_frames=12, epochs=20, lr=3e-3, first=dict(epochs=100, lr=1e-2))   # of the one-stream comparisons at profile bench
 
 def alone(
@@ -312,7 +314,7 @@ def readings(profile):
     return {"PoseConv3D": lambda s: alone("poseconv3d", profile, s), "paper": lambda s: alone("pcan", profile, s),
             "released": lambda s: alone("pcan", profile, s, reading="released")} | {f"released, {label} as in the paper": at(label) for label in GROUPS}
 
-# %% ../nbs/69_config.ipynb #69-config-26
+# %% ../nbs/69_config.ipynb #69-config-28
 _OFF = dict(body=0., proto=0., pda=0., vote=0.)   # a repaired run with all of this is PoseConv3D
 _LATE = dict(proto=0., pda=0., vote=0.)           # a body head that starts late, and nothing else
 
@@ -333,7 +335,7 @@ def repairs(profile):
             "repaired": one(), "repaired, vote ½": one(vote=.5), "repaired, tree ½": one(tree=.5), "repaired, from the start": one(delay=(0.,0.))}
 repairs.seeds = lambda profile: (0,) if profile_of(profile).scale in ("smoke","quick") else (0,1,2,3,4)
 
-# %% ../nbs/69_config.ipynb #69-config-27
+# %% ../nbs/69_config.ipynb #69-config-29
 def own_runs(
     profile:str, # `scale@data`
 )->list:         # PoseConv3D, then PCAN, in every seed of the scale
@@ -341,7 +343,7 @@ def own_runs(
     there = inputs(data_dir()/profile_of(profile).data)
     return [make(s, profile, seed, stream=there[0] if len(there)==1 else None) for s in ("poseconv3d", "pcan") for seed in profile_of(profile).seeds]
 
-# %% ../nbs/69_config.ipynb #69-config-28
+# %% ../nbs/69_config.ipynb #69-config-30
 def plan(
     table:str,      # table1, systems, table2, table3, readings, choices or repaired
     profile:str,    # a row of `PROFILES`

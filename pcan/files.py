@@ -25,7 +25,9 @@ def shown(
     text = ascii(x) if isinstance(x, str) and not x.isprintable() else repr(x)
     return text if len(text)<=most else f"{text[:most-15]}... ({len(text):,} characters)"
 
-def plain(text:str)->str:
+def plain(
+    text:str, # of a stranger
+)->str:
     "Text for a terminal: characters that would move its cursor, colour it or turn the writing round come out as their codes; lines stay lines."
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 

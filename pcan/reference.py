@@ -90,7 +90,11 @@ class MaskedMemory(nn.Module):
         self.weights, self.diverse = weights, diverse
         self.register_buffer("P", torch.randn(C, K))
 
-    def moved(self, f, tp): # prototypes after this batch (Eq. 3)
+    def moved(self,
+        f:torch.Tensor,  # `(B,C)` features
+        tp:torch.Tensor, # `(B,K)` true positives
+    )->torch.Tensor:     # `(C,K)`
+        "Prototypes after this batch (Eq. 3)."
         n = tp.sum(0, keepdim=True)
         keep = (n>1e-8).float()
         keep[keep>.1] = .9; keep[keep<=.1] = 1.

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'OWN', 'THOROUGH', 'THOROUGH_IN', 'CLOCKED', 'COMMAND', 'METRICS', 'COLUMNS', 'BANNERS', 'VERSIONS',
-           'folder', 'tidy', 'save_table', 'read_table', 'paper_table', 'paper_claims', 'emit', 'kind', 'source_note',
-           'printed_note', 'banner', 'data_line', 'note', 'facts', 'wide', 'unit', 'table_html', 'table_markdown',
-           'show_groups', 'show_texts', 'show_table', 'difference_table', 'conclude', 'duration', 'provenance',
-           'experiments_of', 'notebooks', 'execute', 'roles', 'executed', 'runs_of']
+           'folder', 'tidy', 'save_table', 'read_table', 'emit', 'kind', 'source_note', 'printed_note', 'banner',
+           'data_line', 'note', 'facts', 'wide', 'unit', 'table_html', 'table_markdown', 'show_groups', 'show_texts',
+           'show_table', 'difference_table', 'conclude', 'duration', 'provenance', 'experiments_of', 'notebooks',
+           'execute', 'roles', 'executed', 'runs_of']
 
 # %% ../nbs/72_report.ipynb #72-report-02
 import html, re
@@ -76,22 +76,7 @@ def read_table(name:str, profile:str): # -> DataFrame
     if not path.exists(): raise DataError(f"{path}: no such table; make it with `{COMMAND.format(profile=profile)}`")
     return pd.read_csv(path, keep_default_na=False, dtype=dict(variant=str, seed=str))
 
-# %% ../nbs/72_report.ipynb #72-report-10
-def paper_table(name:str): # -> DataFrame, percent, indexed by our row labels
-    "The paper's table, from `data/paper/<name>.csv`: the only place its numbers are written."
-    import pandas as pd
-    t = pd.read_csv(root()/"data"/"paper"/f"{name}.csv", dtype={"lambda":str, "alpha1":str, "alpha2":str, "alpha3":str})
-    if "lambda" in t: key = "λ = " + t["lambda"]
-    elif "alpha1" in t: key = t.alpha1 + ", " + t.alpha2 + ", " + t.alpha3
-    else: key = t.system
-    return t.set_index(key.rename("variant"))[list(METRICS)]
-
-def paper_claims(): # -> DataFrame by id: section, claim, metric, paper, unit
-    "What the paper states in numbers outside its tables, from `data/paper/claims.csv`; the wording is ours."
-    import pandas as pd
-    return pd.read_csv(root()/"data"/"paper"/"claims.csv", index_col="id")
-
-# %% ../nbs/72_report.ipynb #72-report-17
+# %% ../nbs/72_report.ipynb #72-report-16
 def emit(
     role:str,        # banner, data, table, verdict or provenance
     html:str,        # what is shown
@@ -137,7 +122,7 @@ def data_line(profile:str):
     text = f"data/{p.data}: " + " / ".join(f"{v:,} {k}" for k,v in n.items()) + f" clips; scored on {p.score_on}"
     emit("data", f'<p class="data"><strong>Data</strong> {html.escape(text)}; fingerprint <code>{data_identity(p.data)[:12]}</code></p>')
 
-# %% ../nbs/72_report.ipynb #72-report-18
+# %% ../nbs/72_report.ipynb #72-report-17
 def note(
     text:str, # plain
 ):
@@ -154,7 +139,7 @@ def facts(
     cells = "".join(f'<tr><th scope="row">{html.escape(str(k))}</th><td class="text">{html.escape(str(v))}</td></tr>' for k,v in rows.items())
     emit("facts", f'<table class="facts"><caption>{html.escape(caption)} {source or source_note(profile)}</caption><tbody>{cells}</tbody></table>')
 
-# %% ../nbs/72_report.ipynb #72-report-20
+# %% ../nbs/72_report.ipynb #72-report-19
 def wide(rows): # -> (means, stds, n seeds), percent, one row per variant
     "Mean and standard deviation over seeds of tidy rows."
     import pandas as pd
@@ -177,7 +162,7 @@ def _block(heading, table, cell, cls): # one <tbody>
     return f'<tbody class="{cls}">{head}' + "".join(f'<tr><th scope="row">{html.escape(str(v))}</th>' +
         "".join(f"<td>{cell(v, m)}</td>" for m in table) + "</tr>" for v in table.index) + "</tbody>"
 
-# %% ../nbs/72_report.ipynb #72-report-21
+# %% ../nbs/72_report.ipynb #72-report-20
 def table_html(rows, paper, profile:str, caption:str)->str:
     "Our rows and the paper's as one HTML table."
     mean, std, n = wide(rows)
@@ -198,7 +183,7 @@ def table_html(rows, paper, profile:str, caption:str)->str:
     note = f"{caption} {unit(n[ours])} {source_note(profile)}"
     return f'<table class="results"><caption>{html.escape(note)}</caption><thead><tr><td></td>{head}</tr></thead>{"".join(blocks)}</table>'
 
-# %% ../nbs/72_report.ipynb #72-report-22
+# %% ../nbs/72_report.ipynb #72-report-21
 def table_markdown(rows, paper, profile:str)->str:
     "The same table for GitHub."
     mean, std, n = wide(rows)
@@ -209,7 +194,7 @@ def table_markdown(rows, paper, profile:str)->str:
     if paper is not None: out += [line([f"*paper, MA-52: {v}*", *(f"*{paper.at[v, m]:.2f}*" for m in mean)]) for v in paper.index]
     return "\n".join(out)
 
-# %% ../nbs/72_report.ipynb #72-report-24
+# %% ../nbs/72_report.ipynb #72-report-23
 def _beside(rows, paper, more): # -> the cells of both forms: function from variant and column to (ours, the paper's or empty)
     mean, std, n = wide(rows); best = mean.drop("Majority class", errors="ignore").round(2).max()
     def cell(v, m, bold="**{}**", small=" ±{}"):
@@ -243,7 +228,7 @@ def show_groups(
     md += [line([_plain(v), *(" ".join(filter(None, (o, t and f"*({t})*"))) for o,t in (cell(v, m) for m in table))]) for vs in groups.values() for v in vs]
     emit("table", page, "\n".join(md), name=name, caption=text.replace("Below ours, in grey,", "In brackets")) # Markdown has neither
 
-# %% ../nbs/72_report.ipynb #72-report-25
+# %% ../nbs/72_report.ipynb #72-report-24
 def show_texts(
     t,             # DataFrame of text, one row per name in its index
     name:str,      # of the CSV
@@ -272,7 +257,7 @@ def show_table(
     save_table(rows, name, profile)
     emit("table", table_html(rows, paper, profile, caption), table_markdown(rows, paper, profile), name=name, caption=f"{caption} {unit(wide(rows)[2])} {source_note(profile)}")
 
-# %% ../nbs/72_report.ipynb #72-report-27
+# %% ../nbs/72_report.ipynb #72-report-26
 def difference_table(
     pairs:dict,   # label -> (ours, theirs): lists of `Predictions`, one per seed
     metrics,      # names of `METRICS`
@@ -303,7 +288,7 @@ def difference_table(
     emit("note", f"<p>{html.escape(words)}</p>", words)
     return found
 
-# %% ../nbs/72_report.ipynb #72-report-33
+# %% ../nbs/72_report.ipynb #72-report-32
 def conclude(
     verdicts:list, # of `Verdict`
     profile:str,
@@ -322,7 +307,7 @@ def conclude(
     md = "\n".join(f"- **{v.outcome}**: {v.claim} {v.why}" for v in verdicts) + (f"\n\n{note}" if note else "")
     emit("verdict", page, md, tally=short, headline=verdicts[0].claim, why=verdicts[0].why if len(verdicts[0].why)<150 else "", outcomes=[v.outcome for v in verdicts])
 
-# %% ../nbs/72_report.ipynb #72-report-36
+# %% ../nbs/72_report.ipynb #72-report-35
 def duration(
     seconds:float, # of wall time
 )->str:
@@ -348,7 +333,7 @@ def provenance(
     rows = "".join(f"<dt>{k}</dt><dd>{f'<code>{html.escape(v)}</code>' if k=='Again' else html.escape(v)}</dd>" for k,v in facts.items() if v)
     emit("provenance", f'<dl class="provenance">{rows}<dt>Runs</dt><dd>{runs or "none"}</dd></dl>')
 
-# %% ../nbs/72_report.ipynb #72-report-39
+# %% ../nbs/72_report.ipynb #72-report-38
 def experiments_of(profile:str, more=())->list: # names
     "What a report of this profile holds, and `more` of the thorough ones."
     if "@" in profile: return list(OWN)
@@ -389,7 +374,7 @@ def execute(
         with atomic(out[-1], "w") as f: f.write(nbformat.writes(_clean(nb, n, profile)) + "\n")
     return out
 
-# %% ../nbs/72_report.ipynb #72-report-41
+# %% ../nbs/72_report.ipynb #72-report-40
 def roles(nb, role:str): # yields outputs
     "The outputs of a notebook that carry a role."
     for c in nb.cells:
@@ -402,7 +387,7 @@ def executed(profile:str)->dict: # name -> notebook, in reading order
     paths = {n: folder(profile, "pages", f"{n}.ipynb") for n in (OWN if "@" in profile else EXPERIMENTS)}
     return {n: nbformat.read(p, as_version=4) for n,p in paths.items() if p.exists()}
 
-# %% ../nbs/72_report.ipynb #72-report-43
+# %% ../nbs/72_report.ipynb #72-report-42
 def runs_of(profile:str, more=())->list: # of `Run`, none twice
     "All runs behind a report, and `more` of the thorough experiments."
     from pcan.config import own_runs, plan

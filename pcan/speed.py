@@ -23,13 +23,23 @@ class Race:
     "Seconds of two or more contestants that took turns; the first is what the others are compared with."
     seconds:dict  # name -> `(n,)` array
 
-    def ms(self, name:str)->float: # median milliseconds
+    def ms(self,
+        name:str, # of a contestant
+    )->float:     # median milliseconds
+        "How long its turns take."
         return 1e3*float(np.median(self.seconds[name]))
-    def times(self, name:str, over:str=None)->tuple: # median, lower and upper quartile
+    def times(self,
+        name:str,      # of a contestant
+        over:str=None, # of another; the first by default
+    )->tuple:          # median, lower and upper quartile
         "How many times faster than the first contestant, or than `over`."
         r = self.seconds[over or next(iter(self.seconds))]/self.seconds[name]
         return tuple(float(v) for v in np.percentile(r, (50,25,75)))
-    def said(self, name:str, over:str=None)->str: # "6.9 (6.7 to 7.1)"
+    def said(self,
+        name:str,      # of a contestant
+        over:str=None, # of another; the first by default
+    )->str:
+        "The same in words: `6.9 (6.7 to 7.1)`."
         return "{:.1f} ({:.1f} to {:.1f})".format(*self.times(name, over))
 
 def race(
@@ -62,7 +72,7 @@ def peaks(
 _TRIM, _TOP_PAD, _THRESHOLD, _MMAP_MAX = -1, -2, -3, -4   # of <malloc.h>
 
 def keep_memory(
-    on:bool=True,
+    on:bool=True, # False: as the C library does it
 )->bool: # False where the C library is not glibc, and nothing was done
     "Let the process keep the memory it frees instead of giving it back at once."
     try: mallopt = ctypes.CDLL(None).mallopt
@@ -76,10 +86,15 @@ PARTS = ("read", "frames", "heatmaps", "forward", "losses", "backward", "optimis
 class Clock:
     "Seconds per part of a step: `tick(part)` ends one. Waits for a GPU."
     def __init__(self): self.seconds = dict.fromkeys(PARTS, 0.); self.begin()
-    def begin(self): self._wait(); self.last = time.perf_counter()
+    def begin(self):
+        "Start, or start anew, without booking what has passed."
+        self._wait(); self.last = time.perf_counter()
     def _wait(self):
         if torch.cuda.is_available(): torch.cuda.synchronize()
-    def tick(self, part:str):
+    def tick(self,
+        part:str, # of `PARTS`
+    ):
+        "Book the time since the last tick under one of `PARTS`."
         self._wait(); now = time.perf_counter()
         self.seconds[part] += now-self.last; self.last = now
 
@@ -114,27 +129,29 @@ class Step:
     def _endless(self, batches):
         while True: yield from batches
 
-    def __call__(self)->dict: # part -> seconds
-        clock, spec = Clock(), self.run.clip
-        batch = {k: v.to(self.device) if torch.is_tensor(v) else v for k,v in next(self.batches).items()}
-        clock.tick("read")
-        x, _ = prepare(batch, replace(spec, pose_frames=0), True)
-        if self.plain: x = x.contiguous()
-        clock.tick("frames")
-        pose = self._maps(batch)
-        clock.tick("heatmaps")
-        with torch.autocast(self.device, self.dtype) if self.dtype!=torch.float32 else nullcontext(): out = self.net(x, pose)
-        clock.tick("forward")
-        total = self.masked(out, batch["label"]) if self.plain else self.loss(out, batch["label"])[0]
-        clock.tick("losses")
-        total.backward()
-        clock.tick("backward")
-        if self.run.optim.clip: torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.optim.clip)
-        self.optimizer.step(); self.optimizer.zero_grad()
-        clock.tick("optimiser")
-        return clock.seconds
-
 # %% ../nbs/86_speed.ipynb #86-speed-17
+def _step(self)->dict: # part -> seconds
+    clock, spec = Clock(), self.run.clip
+    batch = {k: v.to(self.device) if torch.is_tensor(v) else v for k,v in next(self.batches).items()}
+    clock.tick("read")
+    x, _ = prepare(batch, replace(spec, pose_frames=0), True)
+    if self.plain: x = x.contiguous()
+    clock.tick("frames")
+    pose = self._maps(batch)
+    clock.tick("heatmaps")
+    with torch.autocast(self.device, self.dtype) if self.dtype!=torch.float32 else nullcontext(): out = self.net(x, pose)
+    clock.tick("forward")
+    total = self.masked(out, batch["label"]) if self.plain else self.loss(out, batch["label"])[0]
+    clock.tick("losses")
+    total.backward()
+    clock.tick("backward")
+    if self.run.optim.clip: torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.optim.clip)
+    self.optimizer.step(); self.optimizer.zero_grad()
+    clock.tick("optimiser")
+    return clock.seconds
+Step.__call__ = _step
+
+# %% ../nbs/86_speed.ipynb #86-speed-18
 def _maps(self, batch):
     spec = self.run.clip
     if not self.plain: return prepare(batch, replace(spec, rgb_frames=0), True)[1]
@@ -158,7 +175,7 @@ def _masked_losses(loss): # a `PCANLoss` -> the reference's losses on the same o
         return sums
     return total
 
-# %% ../nbs/86_speed.ipynb #86-speed-18
+# %% ../nbs/86_speed.ipynb #86-speed-19
 def step_parts(
     steps:dict,   # name -> `Step`
     turns:int=5,  # that count
@@ -179,7 +196,7 @@ def draw_parts(
     import matplotlib.pyplot as plt
     colors = ("#7A7A7A", "#56B4E9", "#E69F00", "#0072B2", "#CC79A7", "#009E73", "#B8B8B8")
     fig, ax = plt.subplots(figsize=(7.2, .9+.55*len(parts)), dpi=100, layout="constrained")
-    for i,(name,p) in enumerate(parts.items()):
+    for i,p in enumerate(parts.values()):
         left = 0.
         for part,color in zip(PARTS, colors):
             ax.barh(i, 1e3*p[part], left=left, color=color, label=part if i==0 else None, edgecolor="white", linewidth=.5)
@@ -190,7 +207,7 @@ def draw_parts(
     ax.spines[["top","right"]].set_visible(False); ax.legend(ncol=len(PARTS), fontsize=7.5, loc="lower center", bbox_to_anchor=(.45, 1.), frameon=False, columnspacing=1., handlelength=1.)
     return fig
 
-# %% ../nbs/86_speed.ipynb #86-speed-22
+# %% ../nbs/86_speed.ipynb #86-speed-23
 def fit_line(
     x,  # `(n,)` amounts of work
     y,  # `(n,)` costs
@@ -200,7 +217,7 @@ def fit_line(
     (slope, fixed), *_ = np.linalg.lstsq(np.stack([x/y, 1/y], 1), np.ones(len(x)), rcond=None)
     return float(slope), float(fixed), float(abs((slope*x+fixed)/y-1).max())
 
-# %% ../nbs/86_speed.ipynb #86-speed-25
+# %% ../nbs/86_speed.ipynb #86-speed-26
 HEAVY = ("decord", "transformers", "mmpose", "torchvision", "matplotlib", "pandas", "av")
 
 def start_up(

@@ -227,8 +227,7 @@ def fit(
     history = load_checkpoint(checkpoint, model, optimizer) if checkpoint.exists() else []
     net, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     bar = tqdm(total=o.epochs*len(loader), initial=len(history)*len(loader), desc=path.name, unit="step", mininterval=1, disable=not(progress and accelerator.is_main_process))
-    for epoch in range(len(history), o.epochs):
-        if stop_after is not None and stop_after <= 0: break
+    for epoch in range(len(history), o.epochs if stop_after is None else min(o.epochs, len(history)+stop_after)):
         start = time.perf_counter()
         seed_epoch(seed, epoch, accelerator.process_index)
         set_epoch(loader, epoch)
@@ -240,6 +239,5 @@ def fit(
             save_checkpoint(checkpoint, model, optimizer, history)
             write_csv(path/"history.csv", history)
         accelerator.wait_for_everyone()
-        if stop_after is not None: stop_after -= 1
     bar.close()
     return history

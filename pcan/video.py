@@ -62,6 +62,7 @@ def _believable(path): # a ValueError for a header that decord would take at its
         if n>size/8: raise ValueError(f"its header says {n:,} frames in {size:,} bytes")
         if w*h>2**27: raise ValueError(f"its header says frames of {w:,} × {h:,}")
 
+# %% ../nbs/14_video.ipynb #14-video-08
 @contextmanager
 def _hushed(): # decord's C++ part writes to stderr what it also raises
     kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
@@ -84,7 +85,7 @@ def _reader_av(path):
         return np.stack([got[t] for t in want])
     return len(times), read, lambda: np.array([float(t*s.time_base) for t in times])
 
-# %% ../nbs/14_video.ipynb #14-video-09
+# %% ../nbs/14_video.ipynb #14-video-10
 def no_video(
     path:str|Path,   # a file that `open_video` refused
     why:Exception,   # from `open_video`
@@ -100,7 +101,7 @@ def no_video(
     if "video" not in kinds: return f"found {', '.join(sorted(kinds)) or 'no stream'} only, no picture"
     return f"no frame of it can be decoded ({brief(why)}); record, download or convert it again"
 
-# %% ../nbs/14_video.ipynb #14-video-16
+# %% ../nbs/14_video.ipynb #14-video-17
 def person(
     clip:Clip,                # whose keypoints
     spec:ClipSpec=ClipSpec(), # `padding`

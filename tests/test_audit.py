@@ -4,7 +4,8 @@ import pandas as pd
 import pytest
 
 from pcan import audit, files, pairs
-from pcan.report import METRICS, paper_claims, paper_table
+from pcan.audit import paper_claims, paper_table
+from pcan.report import METRICS
 from pcan.tree import MA52
 from pcan.verdicts import predictions
 

@@ -39,7 +39,7 @@ def test_systems():
         assert (n, f"{flops/1e9:.6f}")==(r.parameters, f"{r.gflops:.6f}"), f"{r.system}: the network has changed since it was trained"
 
 def test_table1_has_all_rows():
-    from pcan.report import paper_table
+    from pcan.audit import paper_table
     rows = read_table("table1", "bench")
     assert set(rows.variant)=={"Majority class", *paper_table("table1").index}
 

@@ -28,7 +28,8 @@ def test_source(name):
     assert "banner(profile)" in code[1] and code[-1].startswith("provenance(") and sum("conclude(" in s for s in code)>=1
     first = nb.cells[0].source
     assert re.match(r"# .+\n\n> .+\?$", "\n".join(first.split("\n")[:3])), "a title and one question"
-    from pcan.report import METRICS, paper_table
+    from pcan.audit import paper_table
+    from pcan.report import METRICS
     typed = {f"{v:.2f}" for t in ("table1", "table2", "table3") for v in paper_table(t)[list(METRICS)].values.ravel()}
     text = "\n".join(c.source for c in nb.cells)
     assert not typed & set(re.findall(r"\b\d\d\.\d\d\b", text)), "the paper's numbers come from data/paper only"

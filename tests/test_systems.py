@@ -2,7 +2,7 @@
 import pytest, torch
 from pcan import config, runs, systems
 from pcan.model import STREAMS
-from pcan.report import paper_table
+from pcan.audit import paper_table
 from pcan.systems import SYSTEMS, bill, shape_of, shapes_of
 from pcan.train import lr_at, make_optimizer
 
