@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'HEAVY', 'Race', 'race', 'peaks', 'keep_memory', 'Clock', 'Step', 'step_parts', 'draw_parts', 'fit_line',
-           'start_up']
+           'alone', 'start_up']
 
 # %% ../nbs/86_speed.ipynb #86-speed-02
 import ctypes, os, subprocess, sys, time
@@ -69,16 +69,12 @@ def peaks(
     return dict(tflops=2*n**3/t["product"].min()/1e12, write_gb_s=x.numel()*4/t["write"].min()/1e9)
 
 # %% ../nbs/86_speed.ipynb #86-speed-12
-_TRIM, _TOP_PAD, _THRESHOLD, _MMAP_MAX = -1, -2, -3, -4   # of <malloc.h>
-
-def keep_memory(
-    on:bool=True, # False: as the C library does it
-)->bool: # False where the C library is not glibc, and nothing was done
+def keep_memory()->bool: # False where the C library is not glibc, and nothing was done
     "Let the process keep the memory it frees instead of giving it back at once."
     try: mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError): return False
-    settings = {_MMAP_MAX: 0, _TRIM: 2**31-1, _TOP_PAD: 2**28} if on else {_MMAP_MAX: 65536, _TRIM: 2**17, _TOP_PAD: 2**17, _THRESHOLD: 2**17}
-    return all(mallopt(k, v) for k,v in settings.items())
+    trim, top_pad, mmap_max = -1, -2, -4                             # of <malloc.h>
+    return all(mallopt(k, v) for k,v in ((mmap_max, 0), (trim, 2**31-1), (top_pad, 2**28)))
 
 # %% ../nbs/86_speed.ipynb #86-speed-15
 PARTS = ("read", "frames", "heatmaps", "forward", "losses", "backward", "optimiser")
@@ -220,10 +216,16 @@ def fit_line(
 # %% ../nbs/86_speed.ipynb #86-speed-26
 HEAVY = ("decord", "transformers", "mmpose", "torchvision", "matplotlib", "pandas", "av")
 
+def alone(
+    code:str, # that prints one line
+)->list:      # the line's words
+    "Run code in a new Python, with the same modules to import from."
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout.split()
+
 def start_up(
     code:str="import pcan", # what a fresh interpreter does
 )->tuple: # seconds, the heavy modules it loaded
     "How long a statement takes in a new Python, the interpreter's own start left out."
-    script = f"import sys, time; t = time.perf_counter()\n{code}\nprint(time.perf_counter()-t, *[m for m in {HEAVY} if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}).stdout.split()
-    return float(out[0]), out[1:]
+    seconds, *loaded = alone(f"import sys, time; t = time.perf_counter()\n{code}\nprint(time.perf_counter()-t, *[m for m in {HEAVY} if m in sys.modules])")
+    return float(seconds), loaded
