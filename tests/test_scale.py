@@ -1,12 +1,11 @@
 "One run on many processes: what one process computes, two or three compute too. CPUs and gloo."
-import json, os, signal, subprocess, sys, time
+import os, time
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, pytest, torch
 from safetensors.torch import load_file
-from pcan import config, runs, scale
-from pcan.files import read_json, root, write_json
-from pcan.scale import ProcessError, agreed, check_split, is_first, launch, make_accelerator, one_norm, processes, scaled
+from pcan import config, runs
+from pcan.scale import ProcessError, agreed, check_split, launch, make_accelerator, processes, scaled
 from pcan.train import Optim, fit, predict
 
 # -- what the processes do: functions of this module, which each process imports
@@ -47,7 +46,6 @@ def learn(path, reading, epochs, stop=None, n=26, **changes):
     np.savez(Path(path)/f"process{rank}.npz", seen=np.array(seen), **s)
     return [{k: v for k,v in r.items() if k!="seconds"} for r in history]
 
-def here(*args, **kw): return learn(*args, **kw)
 def with_changes(path, reading, epochs, changes): return learn(path, reading, epochs, **changes)
 def fails(rank):
     make_accelerator()
