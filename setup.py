@@ -6,7 +6,7 @@ from setuptools import setup, find_packages
 ini = ConfigParser(delimiters=["="])
 ini.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
-notebook, export, demo, dev, pose = (cfg[f"{k}_requirements"].split() for k in ("notebook", "export", "demo", "dev", "pose"))
+notebook, export, demo, sweep, dev, pose = (cfg[f"{k}_requirements"].split() for k in ("notebook", "export", "demo", "sweep", "dev", "pose"))
 
 setup(
     name=cfg["lib_name"],
@@ -22,7 +22,7 @@ setup(
     package_data={"pcan": ["weights/*.safetensors"]},
     python_requires=f">={cfg['min_python']},<3.13",
     install_requires=cfg["requirements"].split(),
-    extras_require={"notebook": notebook, "export": export, "demo": demo, "dev": notebook + export + demo + dev, "pose": pose},
+    extras_require={"notebook": notebook, "export": export, "demo": demo, "sweep": sweep, "dev": notebook + export + demo + sweep + dev, "pose": pose},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,
 )

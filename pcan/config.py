@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PROFILES', 'RECIPE', 'ALPHAS', 'LAMBDAS', 'LONG', 'Profile', 'profile_of', 'Run', 'stated', 'make', 'seen', 'belongs',
            'check_asked', 'from_dict', 'read_run', 'data_identity', 'ensure_data', 'has_video', 'data_root', 'clips_of',
-           'singles', 'trained_as', 'begins_with', 'table1', 'systems', 'table2', 'table3', 'alone', 'readings',
-           'choices', 'repairs', 'own_runs', 'plan']
+           'singles', 'trained_as', 'begins_with', 'larger', 'table1', 'systems', 'table2', 'table3', 'alone',
+           'readings', 'choices', 'repairs', 'own_runs', 'plan']
 
 # %% ../nbs/69_config.ipynb #69-config-02
 import os, re
@@ -22,6 +22,7 @@ from .files import DataError, data_dir, read_json, reports_dir, sha256_json, sho
 from .model import GROUPS, READINGS, STREAMS, Method, flip
 from .repaired import Repair
 from .rgbpose import PAPER, THIN, TINY, Sizes
+from .scale import scaled
 from .skeleton import Skeleton
 from .systems import SYSTEMS
 from .train import Optim
@@ -282,6 +283,10 @@ def trained_as(run:Run)->Run:
 def begins_with(run:Run)->list: # of runs
     "What must be finished before a run can start."
     return (singles(run) if run.start=="single" else []) + [b for b in [trained_as(run)] if b!=run]
+
+def larger(run:Run, k:int=1)->Run:
+    "The run with `k` times the batch and learning rate, and so with its first one-stream networks: see `scaled`."
+    return replace(run, optim=scaled(run.optim, k), first=run.first and scaled(run.first, k))
 
 # %% ../nbs/69_config.ipynb #69-config-25
 ALPHAS = ((1.,1.,1.), (1.,.1,.1), (.1,1.,.5), (1.,.5,1.), (1.,.1,.5), (1.,.5,.1))   # Table 3, in the paper's order

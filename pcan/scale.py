@@ -7,7 +7,7 @@ __all__ = ['processes', 'is_first', 'make_accelerator', 'agreed', 'GlobalBatchNo
            'ProcessError', 'launch']
 
 # %% ../nbs/68_scale.ipynb #68-scale-02
-import os
+import logging, os
 import torch
 import torch.distributed as dist
 from .prototypes import SumOverProcesses
@@ -93,6 +93,7 @@ def launch(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)            # it would say all of this, and at length
     c = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=n, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=.1)
     try: return list(elastic_launch(c, f)(*args).values())
     except ChildFailedError as e:

@@ -46,7 +46,6 @@ def learn(path, reading, epochs, stop=None, n=26, **changes):
     np.savez(Path(path)/f"process{rank}.npz", seen=np.array(seen), **s)
     return [{k: v for k,v in r.items() if k!="seconds"} for r in history]
 
-def here(*args, **kw): return learn(*args, **kw)
 def with_changes(path, reading, epochs, changes): return learn(path, reading, epochs, **changes)
 def fails(rank):
     make_accelerator()
