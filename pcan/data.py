@@ -91,7 +91,7 @@ def read_keypoints(
     if not isinstance(rows, (list,tuple)):
         raise DataError(_said(path, _kind(raw), "a list of dicts, or a dict with 'annotations'"))
     for n,row in enumerate(rows):
-        name = (row.get("frame_dir") or row.get("filename")) if isinstance(row, dict) else None
+        name = next((row[k] for k in ("frame_dir", "filename") if isinstance(row.get(k), str) and row[k]), None) if isinstance(row, dict) else None
         if name is None: wrong = _said(f"{path}, entry {n}", _kind(row), "a dict with 'frame_dir' or 'filename'")
         else:
             name = clip_name(name)
@@ -253,16 +253,6 @@ def open_video(
         with _hushed(): return v.get_batch(list(i)).asnumpy()
     return len(v), read, lambda: v.get_frame_timestamp(range(len(v)))[:,0]
 
-def _believable(path): # a ValueError for a header that decord would take at its word: it reserves so much memory, and if there is none it ends the process
-    try:
-        import av
-        with av.open(path) as f: said = [(s.frames, s.width, s.height) for s in f.streams.video]
-    except Exception: return                                         # no PyAV, or no video: decord says so
-    size = os.path.getsize(path)
-    for n,w,h in said:
-        if n>size/8: raise ValueError(f"its header says {n:,} frames in {size:,} bytes")
-        if w*h>2**27: raise ValueError(f"its header says frames of {w:,} × {h:,}")
-
 @contextmanager
 def _hushed(): # decord's C++ part writes to stderr what it also raises
     kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
@@ -300,6 +290,16 @@ def no_video(
     except Exception: return "not a video that any decoder here knows; convert it, for example to mp4 with H.264"
     if "video" not in kinds: return f"found {', '.join(sorted(kinds)) or 'no stream'} only, no picture"
     return f"no frame of it can be decoded ({_brief(why)}); record, download or convert it again"
+
+def _believable(path): # a ValueError for a header that decord would take at its word: it reserves so much memory, and if there is none it ends the process
+    try:
+        import av
+        with av.open(path) as f: said = [(s.frames, s.width, s.height) for s in f.streams.video]
+    except Exception: return                                         # no PyAV, or no video: decord says so
+    size = os.path.getsize(path)
+    for n,w,h in said:
+        if n>size/8: raise ValueError(f"its header says {n:,} frames in {size:,} bytes")
+        if w*h>2**27: raise ValueError(f"its header says frames of {w:,} × {h:,}")
 
 # %% ../nbs/11_data.ipynb #11-data-43
 def person(
