@@ -9,6 +9,13 @@ __all__ = ['PROFILES', 'RECIPE', 'ALPHAS', 'LAMBDAS', 'LONG', 'Profile', 'profil
            'readings', 'choices', 'repairs', 'own_runs', 'plan']
 
 # %% ../nbs/69_config.ipynb #69-config-02
+_NAMED = dict(system=(r"\w+", "pcan"), profile=(r"\w[\w.-]*(@\w[\w.-]*)?", "quick or quick@mine"), data=(r"\w[\w.-]*(/\w[\w.-]*)*", "a folder below data/"))   # parts of paths
+
+def _check_names(run):
+    for field,(form,like) in _NAMED.items():
+        if not re.fullmatch(form, str(x:=getattr(run, field)), re.ASCII): raise ValueError(f"Run.{field}: found {shown(x)}, expected a name like {like}")
+    if type(run.seed) is bool or not isinstance(run.seed, (int, np.integer)): raise ValueError(f"Run.seed: found {shown(run.seed)}, expected a whole number")
+
 import os, re
 import numpy as np
 from dataclasses import dataclass, asdict, fields, is_dataclass, replace
@@ -98,9 +105,7 @@ class Run:
     def __post_init__(self):
         for field,known in (("stream", (None, *STREAMS)), ("start", ("random", "single", "imagenet"))):
             if getattr(self, field) not in known: raise ValueError(f"Run.{field}: found {getattr(self, field)!r}, expected one of {known}")
-        for field,form,like in (("system", r"\w+", "pcan"), ("profile", r"\w[\w.-]*(@\w[\w.-]*)?", "quick or quick@mine"), ("data", r"\w[\w.-]*(/\w[\w.-]*)*", "a folder below data/")):   # parts of paths
-            if not re.fullmatch(form, getattr(self, field), re.ASCII): raise ValueError(f"Run.{field}: found {shown(getattr(self, field))}, expected a name like {like}")
-        if type(self.seed) is bool or not isinstance(self.seed, (int, np.integer)): raise ValueError(f"Run.seed: found {shown(self.seed)}, expected a whole number")
+        _check_names(self)
         if self.first and self.start!="single": raise ValueError(f"found Run.first with start={self.start!r}; it belongs to start='single'")
 
     @property

@@ -98,7 +98,7 @@ def read_keypoints(
     if not isinstance(rows, (list,tuple)):
         raise DataError(complaint(path, _kind(raw), "a list of dicts, or a dict with 'annotations'"))
     for n,row in enumerate(rows):
-        name = (row.get("frame_dir") or row.get("filename")) if isinstance(row, dict) else None
+        name = next((row[k] for k in ("frame_dir", "filename") if isinstance(row.get(k), str) and row[k]), None) if isinstance(row, dict) else None
         if name is None: wrong = complaint(f"{path}, entry {n}", _kind(row), "a dict with 'frame_dir' or 'filename'")
         else:
             name = clip_name(name)
@@ -127,16 +127,18 @@ def wrong_keypoints(
     if missing:={"keypoint", "img_shape"}-set(row): return _kind(row), f"also {sorted(missing)}"
     try: kp, score = np.asarray(row["keypoint"], np.float32), score_of(row)
     except (TypeError, ValueError) as e: return f"keypoints that are no array of numbers ({e})", wanted
-    if row.get("random_weights"): return "poses made with random weights, which are none", "poses by a trained model: run pcan_pose without --random-weights"
+    if np.any(row.get("random_weights", False)): return "poses made with random weights, which are none", "poses by a trained model: run pcan_pose without --random-weights"
     if kp.ndim!=4 or kp.shape[2:]!=(V,2) or 0 in kp.shape:
         known = [name for name,s in LAYOUTS.items() if kp.ndim==4 and s.V==kp.shape[2]!=V]
         return f"keypoints of shape {list(kp.shape)}" + (f" ({kp.shape[2]} joints, as in {' and '.join(known)})" if known else ""), wanted
-    if len(size:=np.ravel(row["img_shape"]))<2 or not (size[:2]>0).all(): return f"img_shape {shown(row['img_shape'])}", "height and width of a frame"
+    try: size = np.ravel(np.asarray(row["img_shape"], float))[:2]
+    except (TypeError, ValueError): size = np.zeros(0)
+    if len(size)<2 or not ((size>=1) & (size<1e6)).all(): return f"img_shape {shown(row['img_shape'])}", "height and width of a frame"
     if score.shape!=kp.shape[:3]:
         return f"scores of shape {list(score.shape)} for keypoints of shape {list(kp.shape)}", "one score per joint"
     if not (np.isfinite(kp).all() and np.isfinite(score).all()):
         return "NaN or infinite keypoints", "numbers; a joint that was not found is (0,0) with score 0"
-    if (n:=row.get("total_frames", kp.shape[1]))!=kp.shape[1]:
+    if not isinstance(n:=row.get("total_frames", kp.shape[1]), (int, float, np.number)) or n!=kp.shape[1]:
         return f"keypoints of {kp.shape[1]} frames and total_frames {shown(n)}", "the same number"
 
 def best_person(

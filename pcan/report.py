@@ -364,9 +364,10 @@ def execute(
     "Run experiment notebooks; executed copies go to `reports/<profile>/pages/`. A failing cell raises and names its notebook."
     import nbformat, papermill
     kind(profile)                                              # a ValueError for a name that is none, before a kernel is started
-    names, here, out = [only] if isinstance(only, str) else list(only or experiments_of(profile)), notebooks(), []
+    names, out = [only] if isinstance(only, str) else list(only or experiments_of(profile)), []
     known = OWN if "@" in profile else EXPERIMENTS
     if odd := [n for n in names if n not in known]: raise ValueError(f"found {', '.join(odd)}; expected names from {', '.join(known)}")
+    here = notebooks()
     for n in names:
         try: nb = papermill.execute_notebook(here/f"{n}.ipynb", None, dict(profile=profile), cwd=here, kernel_name="python3", progress_bar=False)
         except papermill.PapermillExecutionError as e: raise RuntimeError(f"{here/n}.ipynb, profile {profile}: {e}") from None
