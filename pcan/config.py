@@ -289,7 +289,10 @@ def begins_with(run:Run)->list: # of runs
     "What must be finished before a run can start."
     return (singles(run) if run.start=="single" else []) + [b for b in [trained_as(run)] if b!=run]
 
-def larger(run:Run, k:int=1)->Run:
+def larger(
+    run:Run,
+    k:int=1, # how many times
+)->Run:
     "The run with `k` times the batch and learning rate, and so with its first one-stream networks: see `scaled`."
     return replace(run, optim=scaled(run.optim, k), first=run.first and scaled(run.first, k))
 

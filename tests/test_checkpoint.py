@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest, torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from pcan import checkpoint, cli, config, runs
+from pcan import apply, checkpoint, config, runs
 from pcan.checkpoint import Card, open_checkpoint, pack
 from pcan.files import DataError
 from pcan.model import RELEASED, pcan
@@ -86,7 +86,7 @@ def test_files_that_are_refused(tmp_path, what, words, capsys):
     file = what(tmp_path/"a.safetensors")
     with pytest.raises(DataError) as e: open_checkpoint(file)
     assert words in str(e.value) and str(file) in str(e.value)
-    assert said(cli.pack, "--show", file)==2
+    assert said(apply.pack, "--show", file)==2
     err = capsys.readouterr().err
     assert err.startswith("pcan_pack: ") and err.count("\n")==1
 
@@ -109,7 +109,7 @@ def test_from_a_run(reports, tmp_path, capsys, monkeypatch):
     "pcan_pack makes the file of a run, by name or folder, and shows its card; the run itself opens too."
     run = config.make("poseconv3d", "smoke", stream="pose")
     result = runs.get(run, progress=False)
-    assert said(cli.pack, run.name, "--out", tmp_path/"n.safetensors", "--note", "for the test")==0
+    assert said(apply.pack, run.name, "--out", tmp_path/"n.safetensors", "--note", "for the test")==0
     out = capsys.readouterr().out
     a, b = open_checkpoint(tmp_path/"n.safetensors"), open_checkpoint(run.name)
     assert a.card==replace(b.card, note="for the test") and a.run==b.run==run
@@ -117,11 +117,11 @@ def test_from_a_run(reports, tmp_path, capsys, monkeypatch):
     assert a.card.recipe==config.RECIPE and a.card.data_sha==config.data_identity(run.data) and a.card.commit==result.environment["commit"]
     for words in (checkpoint.WARNING, run.name, "synthetic: drawn figures, no people", "for the test", f"{100*result.metrics['test']['fused']['action_top1']:.1f}%", "sees joints"): assert words in out, words
     assert checkpoint.WARNING in a._repr_markdown_() and "| network |" in a._repr_markdown_()
-    assert said(cli.pack, "--show", tmp_path/"n.safetensors")==0 and capsys.readouterr().out in out
+    assert said(apply.pack, "--show", tmp_path/"n.safetensors")==0 and capsys.readouterr().out in out
     with pytest.raises(DataError, match="give its folder"): open_checkpoint(result.path/"model.safetensors")
     (result.path/"model.safetensors").unlink()
-    assert said(cli.pack, run.name)==2 and "the weights of this run are not here" in capsys.readouterr().err
-    assert said(cli.pack)==2 and "expected a run, or --show" in capsys.readouterr().err
+    assert said(apply.pack, run.name)==2 and "the weights of this run are not here" in capsys.readouterr().err
+    assert said(apply.pack)==2 and "expected a run, or --show" in capsys.readouterr().err
 
 def test_the_card_of_another_data_set(tmp_path, monkeypatch):
     "Real data: clips per action from its list, where it is here; no warning."

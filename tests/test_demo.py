@@ -215,9 +215,9 @@ def test_the_time_limit(network):
     assert w.process.poll() is not None
 
 def test_a_network_that_is_not_there(tmp_path, capsys):
-    from pcan import cli
+    from pcan import apply
     with pytest.raises(DataError, match="no such file"): Worker(tmp_path/"none.safetensors")
-    assert cli.demo(["--checkpoint", str(tmp_path/"none.safetensors"), "--port", "0"])==2
+    assert apply.demo(["--checkpoint", str(tmp_path/"none.safetensors"), "--port", "0"])==2
     assert "no such file" in capsys.readouterr().err
 
 def test_a_port_that_is_taken():

@@ -226,16 +226,16 @@ def test_a_data_set_of_ones_own(tmp_path):
     assert json.loads(said["actions"])==["sit","stand","wave"] and json.loads(said["joints"])==["a","b","c"]
 
 def test_the_command(tmp_path, stgcn_file, traced, capsys):
-    from pcan import cli
+    from pcan import apply
     from pcan.checkpoint import pack
     _, model, run = stgcn_file
     traced(stgcn_file[0])
     pack(run, model, Card(run="mine", synthetic=True), tmp_path/"mine.safetensors", half=False)
-    assert cli.export([str(tmp_path/"mine.safetensors"), "--out", str(tmp_path/"mine.onnx"), "--example"])==0
+    assert apply.export([str(tmp_path/"mine.safetensors"), "--out", str(tmp_path/"mine.onnx"), "--example"])==0
     out = capsys.readouterr().out
     assert "largest difference of a probability on random clips" in out and "not for judging people" in out and "onnxruntime.InferenceSession" in out
     assert json.loads(session(tmp_path/"mine.onnx").get_modelmeta().custom_metadata_map["card"])["run"]=="mine"
-    assert cli.export([str(tmp_path/"none.safetensors"), "--out", str(tmp_path/"none.onnx")])==2
+    assert apply.export([str(tmp_path/"none.safetensors"), "--out", str(tmp_path/"none.onnx")])==2
     assert "none.safetensors" in capsys.readouterr().err and not (tmp_path/"none.onnx").exists()
 
 def test_one_number_that_is_none_is_enough(tmp_path):

@@ -75,9 +75,9 @@ def test_names_in_the_demo_and_on_paper(tmp_path):
     assert p.as_dict()["actions"][0]["name"] in text
 
 def test_names_in_a_shell(tmp_path, capsys):
-    from pcan import cli
+    from pcan import apply
     bad = tmp_path/"\x1b]0;title\x07\x1b[2J\u202e.mp4"; bad.write_bytes(b"no film")
-    assert cli.predict([str(bad)])==2
+    assert apply.predict([str(bad)])==2
     said = capsys.readouterr().err
     assert "not a video" in said and all(c.isprintable() or c=="\n" for c in said), said
     o = checkpoint.open_checkpoint(); o = replace(o, card=replace(o.card, note="\x1b[2J<script>|"))
@@ -121,7 +121,7 @@ def test_tables_name_videos_of_their_folder_only(tmp_path, video):
 
 def test_predictions_stay_below_their_folder(tmp_path):
     from types import SimpleNamespace as S
-    from pcan.cli import _folder
+    from pcan.apply import _folder
     for n in (*NAMES, "../../x", "..", "/abs", "\0"):
         made = S(as_dict=lambda: dict(video={}), film=S(name=n))
         assert _folder(tmp_path, made, set()).resolve().parent==tmp_path.resolve()

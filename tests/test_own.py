@@ -231,7 +231,7 @@ def test_classes_that_have_changed_are_not_scored(given, root):
 
 @pytest.mark.parametrize("name", ["ma52", "MA52", "synth", "cache", "paper", "my set", "_x", "größe"])
 def test_names_that_are_taken_or_none(given, root, name, capsys):
-    from pcan.cli import own as command
+    from pcan.apply import own as command
     assert command([str(given[0]), name, "--videos", str(given[1])])==2
     assert "data set: found the name" in capsys.readouterr().err and not (root/"data").exists()
 
@@ -318,7 +318,7 @@ def test_frames_alone(given, root):
     assert set(runs.get(config.make("tsn", "smoke@films"), progress=False).metrics)=={"val", "test"}
 
 def test_command(given, root, capsys):
-    from pcan.cli import own as command
+    from pcan.apply import own as command
     labels, clips, poses = given
     assert command([str(labels), "mine", "--videos", str(clips), "--skeletons", *map(str, poses)])==0
     assert "next: pcan_train pcan --profile quick@mine" in capsys.readouterr().out

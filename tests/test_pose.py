@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pcan import cli, pose, video as reading, wholebody
+from pcan import apply, pose, video as reading, wholebody
 from pcan.data import Clip, read_keypoints
 from pcan.files import DataError, load_pickle
 from pcan.pose import as_row, best, check_sheet, estimate, estimate_video, find_videos, fixed_box, read_video, part_path, settings_of, whole_frame, write_sheet
@@ -365,14 +365,14 @@ def test_boxes_from_mmdet(tmp_path, monkeypatch):
                                           (["nowhere"], "no such file or folder")])
 def test_the_command_says_what_is_wrong(args, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert cli.pose(args)==2 and message in capsys.readouterr().err
+    assert apply.pose(args)==2 and message in capsys.readouterr().err
 
 def test_the_command(films, tmp_path, capsys, monkeypatch):
     "With another estimator in mmpose's place: labels, sheets, and what is printed."
     monkeypatch.setattr(wholebody, "enter", lambda argv: None)
     monkeypatch.setattr(wholebody, "mmpose_estimator", lambda *a: green)
     (tmp_path/"list.txt").write_text("v0.mp4 3\nv2.mp4 51\n")
-    assert cli.pose([str(tmp_path/"films"), "--out", str(tmp_path/"p.pkl"), "--labels", str(tmp_path/"list.txt"), "--sheet", str(tmp_path/"sheets")])==0
+    assert apply.pose([str(tmp_path/"films"), "--out", str(tmp_path/"p.pkl"), "--labels", str(tmp_path/"list.txt"), "--sheet", str(tmp_path/"sheets")])==0
     assert [r["label"] for r in load_pickle(tmp_path/"p.pkl")]==[3, -1, 51]
     said = capsys.readouterr().out
     assert "v1.mp4: 11 frames, 64 × 48, 1 person at most" in said and "sheets to check by eye" in said and "3 videos: " in said

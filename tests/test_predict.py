@@ -4,7 +4,7 @@ from dataclasses import replace
 from fractions import Fraction
 import numpy as np
 import pytest, torch
-from pcan import cli, predict as P, config, runs, submit
+from pcan import apply, predict as P, config, runs, submit
 from pcan.checkpoint import WARNING, Card, Opened, pack
 from pcan.data import Clip, read_split
 from pcan.files import DataError, data_dir
@@ -229,7 +229,7 @@ def test_joints_that_are_refused(tmp_path, opened, change, words, file, capsys):
     v.with_suffix(".pkl").write_bytes(pickle.dumps(change(frames_and_keypoints(1, 3)[1][None])))
     with pytest.raises(DataError) as e: predict(v, opened)
     for w in words: assert w in str(e.value), str(e.value)
-    assert said(cli.predict, v, "--checkpoint", file, "--out", tmp_path/"out")==2 and not (tmp_path/"out").exists()
+    assert said(apply.predict, v, "--checkpoint", file, "--out", tmp_path/"out")==2 and not (tmp_path/"out").exists()
     assert capsys.readouterr().err.count("\n")==1
 
 def test_joints_that_are_taken(tmp_path, opened):
@@ -295,7 +295,7 @@ def test_files_that_are_no_video(tmp_path, opened, file, name, make, words, caps
     make(path)
     with pytest.raises(DataError) as e: predict(path, opened, stream="rgb")
     assert words in str(e.value) and str(path) in str(e.value)
-    assert said(cli.predict, path, "--checkpoint", file)==2 and capsys.readouterr().err.startswith("pcan_predict: ")
+    assert said(apply.predict, path, "--checkpoint", file)==2 and capsys.readouterr().err.startswith("pcan_predict: ")
 
 def test_no_frames(tmp_path, opened):
     "A header that promises a video, and nothing behind it."
@@ -410,18 +410,18 @@ def test_command(tmp_path, file, capsys, monkeypatch):
     "Each video gets a folder of its own; one that fails does not cost the others theirs; JSON is a line per video."
     monkeypatch.chdir(tmp_path)
     a, b = talk(tmp_path), talk(tmp_path/"other", 40)
-    assert said(cli.predict, a, "no.mp4", b, "--sample", "nodding", "--checkpoint", file)==2
+    assert said(apply.predict, a, "no.mp4", b, "--sample", "nodding", "--checkpoint", file)==2
     got = capsys.readouterr()
     assert got.err=="pcan_predict: no.mp4: no such file; expected a video, or a pickle of joints (.pkl)\n"
     assert sorted(p.name for p in (tmp_path/"predictions").iterdir())==["nodding", "talk", "talk_2"] and got.out.count(WARNING)==3
     assert sorted(p.name for p in (tmp_path/"predictions"/"talk_2").iterdir())==["contact_sheet.png", "prediction.json", "timeline.png"]
     d = json.loads((tmp_path/"predictions"/"nodding"/"prediction.json").read_text())
     assert d["schema"]=="pcan-prediction-1" and d["label"]==WARNING and d["network"]["synthetic"] and "synthetic" in d["notes"][0]
-    assert said(cli.predict, a, "--sample", "nodding", "--checkpoint", file, "--json")==0
+    assert said(apply.predict, a, "--sample", "nodding", "--checkpoint", file, "--json")==0
     lines = [json.loads(x) for x in capsys.readouterr().out.splitlines()]
     assert [x["video"]["name"] for x in lines]==["talk.mp4", "nodding"] and lines[1]==d
-    assert said(cli.predict, "--checkpoint", file)==2 and "expected a video, or --sample" in capsys.readouterr().err
-    assert said(cli.predict, a, "--checkpoint", tmp_path/"none.safetensors")==2 and "no such file, folder or run" in capsys.readouterr().err
+    assert said(apply.predict, "--checkpoint", file)==2 and "expected a video, or --sample" in capsys.readouterr().err
+    assert said(apply.predict, a, "--checkpoint", tmp_path/"none.safetensors")==2 and "no such file, folder or run" in capsys.readouterr().err
 
 def test_the_schema_is_kept(opened):
     "Keys are only ever added: these stay."
@@ -438,7 +438,7 @@ def test_the_schema_is_kept(opened):
 def test_a_name_that_leads_out_or_is_taken(tmp_path, file, opened, capsys):
     "Every prediction gets a folder of its own, below the one that was asked for."
     from types import SimpleNamespace as Bag
-    from pcan.cli import _folder
+    from pcan.apply import _folder
     made = lambda name, n=1: Bag(film=Bag(name=name), as_dict=lambda: dict(video=dict(name=name, frames=n)))
     taken = set()
     names = [_folder(tmp_path, made(n), taken).name for n in ("a/x.mp4", "b/x.mp4", "x_2.mp4", "..", "...mp4", "$1 $2.mp4", "ünï.mp4")]
@@ -452,7 +452,7 @@ def test_a_name_that_leads_out_or_is_taken(tmp_path, file, opened, capsys):
 
 def test_one_that_fails_does_not_take_the_others_along(tmp_path, file, capsys):
     (tmp_path/"file").write_text("in the way")
-    assert said(cli.predict, "--sample", "waving", "--sample", "nodding", "--checkpoint", file, "--out", tmp_path/"file")==2
+    assert said(apply.predict, "--sample", "waving", "--sample", "nodding", "--checkpoint", file, "--out", tmp_path/"file")==2
     assert capsys.readouterr().err.count("pcan_predict:")==2
 
 def test_a_drawn_clip_for_another_skeleton(tmp_path):
