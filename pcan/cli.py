@@ -78,6 +78,7 @@ def train(argv=None):
     except TimeUp as e: print(e); return 3
     for r in results if is_first() else (): said(r)
 
+# %% ../nbs/74_cli.ipynb #74-cli-10
 def said(result):
     "Print what a run reached."
     from pcan.metrics import says_something
@@ -86,7 +87,7 @@ def said(result):
     for stream,m in result.metrics[result.run.split].items():
         print(f"  {stream:<6}" + "  ".join(f"{k} {m[k]:6.2%}" for k in tell))
 
-# %% ../nbs/74_cli.ipynb #74-cli-11
+# %% ../nbs/74_cli.ipynb #74-cli-12
 @_command
 def sweep(argv=None):
     "Hand the missing runs of a table to SLURM, or train them here; a finished run is left alone, an unfinished one goes on."
@@ -117,7 +118,7 @@ def sweep(argv=None):
     for r,why in failed.items(): print(f"--- {r.name}\n{why}", file=sys.stderr)
     return 1 if failed else 0
 
-# %% ../nbs/74_cli.ipynb #74-cli-13
+# %% ../nbs/74_cli.ipynb #74-cli-14
 @_command
 def report(argv=None):
     "Train what is missing, execute the experiment notebooks, and write reports/index.html."
@@ -139,7 +140,7 @@ def report(argv=None):
     make_reports(a.profile, only=a.only, jobs=a.jobs, more=more)
     if a.fresh: print(agreement(runs_of(a.profile, more), before/"runs"))
 
-# %% ../nbs/74_cli.ipynb #74-cli-15
+# %% ../nbs/74_cli.ipynb #74-cli-16
 @_command
 def validate(argv=None):
     "Say what is in a data folder, what is wrong with it, and in which file. Status 1 if anything is."
@@ -152,7 +153,7 @@ def validate(argv=None):
     print(found)
     return 0 if found.ok else 1
 
-# %% ../nbs/74_cli.ipynb #74-cli-17
+# %% ../nbs/74_cli.ipynb #74-cli-18
 @_command
 def own(argv=None):
     "Turn a table of labels, a folder of videos and pickles of skeletons into a data set below data/. The columns of the table: video, action and, where there are, body, subject, split."
@@ -178,7 +179,7 @@ def own(argv=None):
     print(f"{found}\n\nnext: pcan_train {'pcan' if a.videos and a.skeletons else 'poseconv3d --stream '+('rgb' if a.videos else 'pose')} --profile quick@{a.name}, or pcan_report --profile quick@{a.name}")
     return 0 if found.ok else 1
 
-# %% ../nbs/74_cli.ipynb #74-cli-19
+# %% ../nbs/74_cli.ipynb #74-cli-20
 @_command
 def verify(argv=None):
     "Train one cheap run of each table again, from nothing, and compare it with the committed result. Status 1 if anything differs."
@@ -194,7 +195,7 @@ def verify(argv=None):
     print(text(v))
     return 0 if v.ok else 1
 
-# %% ../nbs/74_cli.ipynb #74-cli-21
+# %% ../nbs/74_cli.ipynb #74-cli-22
 @_command
 def ma52(argv=None):
     "Download MA-52, or go on with it, into the folder the paper profile reads. It is given out on request: the message of a refusal says how."
@@ -216,7 +217,7 @@ def ma52(argv=None):
     from pcan.data import validate as check
     print(f"\n`pcan_validate --no-videos` on {check(a.to, videos=False)}")
 
-# %% ../nbs/74_cli.ipynb #74-cli-23
+# %% ../nbs/74_cli.ipynb #74-cli-24
 @_command
 def test(argv=None):
     "Score every clip of a split with the published weights, or with a finished run whose weights are here; print the metrics and keep the scores."
@@ -245,7 +246,7 @@ def test(argv=None):
     m = metrics_of(s, run.tree)
     print(metrics_text(m) if m else "labels are hidden, so there are no metrics; pcan_submit makes the file for Codabench")
 
-# %% ../nbs/74_cli.ipynb #74-cli-25
+# %% ../nbs/74_cli.ipynb #74-cli-26
 @_command
 def submit(argv=None):
     "Make Codabench's file from scores of the test clips, or check such a file."
@@ -274,7 +275,7 @@ def submit(argv=None):
     if a.score and not found.problems: print(metrics_text({"": score_file(found, clips)}))
     return 2 if found.problems else 0
 
-# %% ../nbs/74_cli.ipynb #74-cli-27
+# %% ../nbs/74_cli.ipynb #74-cli-28
 @_command
 def pose(argv=None):
     "Estimate the 28 joints in every frame of your own videos, with a whole-body model of mmpose; goes on where it was interrupted."
@@ -302,7 +303,7 @@ def pose(argv=None):
     enter(argv)
     _poses(a, videos, fixed_box(a.box) if a.box else mmdet_detector(a.detector, a.detector_weights, a.device) if a.detector else whole_frame)
 
-# %% ../nbs/74_cli.ipynb #74-cli-29
+# %% ../nbs/74_cli.ipynb #74-cli-30
 def _poses(a, videos, detector): # in the environment that has mmpose
     from pcan.data import read_list
     from pcan.files import load_pickle
@@ -318,7 +319,7 @@ def _poses(a, videos, detector): # in the environment that has mmpose
         print(f"sheets to check by eye: {a.sheet}")
     print(f"{len(done)} video{'s'*(len(done)!=1)}: {a.out}" + ("\n"+banner if a.random_weights else ""))
 
-# %% ../nbs/74_cli.ipynb #74-cli-31
+# %% ../nbs/74_cli.ipynb #74-cli-32
 @_command
 def pack(argv=None):
     "Put a finished run's network into one file, with what is needed to use it and a card that says what it is; or show such a file's card."
@@ -338,7 +339,7 @@ def pack(argv=None):
     write(run, model, card_of(run, folder, a.note), out, half=not a.full)
     print(f"{out}: {out.stat().st_size/1e6:.2f} MB\n\n{card_text(open_checkpoint(out))}")
 
-# %% ../nbs/74_cli.ipynb #74-cli-33
+# %% ../nbs/74_cli.ipynb #74-cli-34
 @_command
 def predict(argv=None):
     "Say what somebody does in a video: a tree of actions with probabilities, a contact sheet, a timeline of a longer one, and JSON. What fails is said, the other videos are done all the same, and the status is 2."
@@ -359,7 +360,7 @@ def predict(argv=None):
     opened = open_checkpoint(a.checkpoint)
     return _predict_all(a, opened)
 
-# %% ../nbs/74_cli.ipynb #74-cli-34
+# %% ../nbs/74_cli.ipynb #74-cli-35
 def _predict_all(a, opened): # every video, whatever happens to the others
     import json
     from pcan.predict import predict as look, sample, save
@@ -386,7 +387,7 @@ def _folder(out, made, taken): # of a prediction, below `out`; another video of 
     taken.add(found := next(filter(free, (stem if i==1 else f"{stem}_{i}" for i in count(1)))))
     return out/found
 
-# %% ../nbs/74_cli.ipynb #74-cli-36
+# %% ../nbs/74_cli.ipynb #74-cli-37
 @_command
 def export(argv=None):
     "Write a network as one ONNX file that runs without pcan and PyTorch, after onnxruntime gave the same probabilities."
@@ -402,7 +403,7 @@ def export(argv=None):
     print(write(o.model, o.run, a.out, o.card, half=a.half))
     if a.example: print(f"\n{example(o.run)}")
 
-# %% ../nbs/74_cli.ipynb #74-cli-38
+# %% ../nbs/74_cli.ipynb #74-cli-39
 @_command
 def demo(argv=None):
     "A page in the browser on which a video, or a drawn sample, is looked at. It serves this machine only and keeps nothing."
@@ -418,7 +419,7 @@ def demo(argv=None):
     from pcan.demo import Limits, serve
     serve(a.checkpoint, a.host, a.port, Limits(mb=a.max_mb, film_seconds=a.max_seconds, seconds=a.max_wait), browser=a.open)
 
-# %% ../nbs/74_cli.ipynb #74-cli-39
+# %% ../nbs/74_cli.ipynb #74-cli-40
 #| eval: false
 if __name__=="__main__":
     commands = {f.__name__: f for f in (synth, train, sweep, report, validate, own, verify, ma52, test, submit, pose, pack, predict, export, demo)}

@@ -8,7 +8,6 @@ __all__ = ['Job', 'job_of', 'executor', 'ended', 'sweep']
 # %% ../nbs/88_sweep.ipynb #88-sweep-02
 import os, time
 from dataclasses import dataclass
-from pathlib import Path
 import torch
 from .config import Run, ensure_data
 from .files import DataError, reports_dir, root
