@@ -6,10 +6,10 @@
 __all__ = ['own', 'pose', 'pack', 'predict', 'export', 'demo']
 
 # %% ../nbs/99_apply.ipynb #99-apply-02
-import sys
+import re, sys
 from pathlib import Path
 from .cli import command, parser
-from .files import DataError, data_dir, read_json
+from .files import DataError, data_dir, plain, read_json
 
 # %% ../nbs/99_apply.ipynb #99-apply-05
 @command

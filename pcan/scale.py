@@ -93,8 +93,8 @@ def launch(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)            # it would say all of this, and at length
-    c = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=n, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=.1)
+    for name in ("torch.distributed", "torch.multiprocessing"): logging.getLogger(name).setLevel(logging.CRITICAL)   # they would say it all too, at length
+    c = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=n, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="pcan", max_restarts=0, monitor_interval=.1)
     try: return list(elastic_launch(c, f)(*args).values())
     except ChildFailedError as e:
         rank, first = e.get_first_failure()
