@@ -69,10 +69,14 @@ def train(argv=None):
     p.add_argument("--config", type=Path, help="config.json of a run, instead of all the above")
     p.add_argument("--minutes", type=float, default=None, help="stop after so long, to go on another time (status 3)")
     p.add_argument("--jobs", type=int, default=None, help="runs trained side by side; one per core by default, one on a GPU")
-    p.add_argument("--workers", type=int, default=0, help="data-loading processes of a single run")
+    p.add_argument("--workers", type=int, default=None, help="data-loading processes of a single run; none on a CPU, up to eight on a GPU")
+    p.add_argument("--precision", choices=("no", "bf16", "fp16"), default=None, help="of the network: float32 (no), bfloat16 or float16; by default float32 on a CPU, bfloat16 on a GPU")
+    p.add_argument("--compile", action="store_true", help="compile the network first (torch.compile); pays on a GPU")
     p.add_argument("--processes", type=int, default=1, help="of a single run, on this machine: one per GPU; the same run, sooner")
     p.add_argument("--scale", type=int, default=1, help="batch and learning rate times this, with a warm-up: another run")
     a = p.parse_args(argv)
+    if a.precision: os.environ["ACCELERATE_MIXED_PRECISION"] = a.precision      # accelerate's own variables, which processes inherit
+    if a.compile: os.environ["ACCELERATE_DYNAMO_BACKEND"] = "inductor"
     from pcan.config import larger, make, plan, read_run
     from pcan.scale import ProcessError, is_first, launch
     from pcan.runs import TimeUp, get, get_all

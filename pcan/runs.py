@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BEST', 'Result', 'played_by', 'with_fused', 'everything', 'kept', 'measure', 'environment', 'locked', 'weights',
-           'begin', 'get', 'score', 'train', 'adopt', 'cost', 'start', 'fill_cache', 'epochs_done', 'unfinished',
-           'ready', 'RunError', 'TimeUp', 'get_all', 'agreement']
+           'begin', 'readers', 'get', 'score', 'train', 'adopt', 'cost', 'start', 'fill_cache', 'epochs_done',
+           'unfinished', 'ready', 'RunError', 'TimeUp', 'get_all', 'agreement']
 
 # %% ../nbs/71_runs.ipynb #71-runs-02
 import csv, fcntl, os, platform, resource, subprocess, sys, time
@@ -24,7 +24,7 @@ from .metrics import evaluate
 from .model import best_child, fuse
 from .scale import agreed, is_first, make_accelerator, processes
 from .systems import SYSTEMS
-from .train import fit, predict, seed_epoch
+from .train import fit, keep_memory, predict, seed_epoch
 from .tree import MA52, ActionTree
 
 # %% ../nbs/71_runs.ipynb #71-runs-05
@@ -98,7 +98,10 @@ def measure(scores:dict, tree:ActionTree=MA52)->dict: # {stream: {metric: value}
     return {s: evaluate(dict(p_action=scores[f"{s}_action"], p_body=scores[f"{s}_body"]), scores["y_a"], scores["y_b"], tree) for s in streams}
 
 # %% ../nbs/71_runs.ipynb #71-runs-12
-def environment(model)->dict:
+def environment(
+    model,       # whose parameters are counted
+    accelerator, # that trains it
+)->dict:
     "Where and with what a run was made."
     git = lambda *a: subprocess.run(["git", *a], cwd=root(), capture_output=True, text=True).stdout.strip()
     import accelerate, cv2
@@ -106,6 +109,7 @@ def environment(model)->dict:
     return dict(pcan=_version("pcan"), commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain", "--untracked-files=no", "--", "pcan", "nbs")),
                 python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, accelerate=accelerate.__version__, opencv=cv2.__version__,
                 device=torch.cuda.get_device_name() if gpu else f"CPU, {platform.machine()}", vector=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads(), processes=processes(),
+                precision=dict(no="float32", bf16="bfloat16", fp16="float16").get(accelerator.mixed_precision, accelerator.mixed_precision), compiled=os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()!="no",
                 parameters=sum(p.numel() for p in model.parameters()), started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
 def _version(name):
@@ -136,10 +140,15 @@ def begin(run:Run, model):
     if run.start=="imagenet": s.images(model, run.stream)
 
 # %% ../nbs/71_runs.ipynb #71-runs-16
+def readers()->int:
+    "How many processes read ahead: on a CPU none, where reading is a few hundredths of a step; on a GPU, which would wait, up to eight. The batches are the same."
+    return min(8, len(os.sched_getaffinity(0))) if torch.cuda.is_available() else 0
+
+# %% ../nbs/71_runs.ipynb #71-runs-17
 def get(
     run:Run,
     progress:bool=True,  # show a bar
-    workers:int=0,       # data-loading processes
+    workers:int=None,    # data-loading processes; see `readers`
 )->Result:
     "The result of a run: read if it is there, else trained, from its last checkpoint if there is one."
     path = run.path
@@ -149,7 +158,7 @@ def get(
         if not agreed((path/"metrics.json").exists()): train(run, path, progress, workers)
     return Result(run, path)
 
-# %% ../nbs/71_runs.ipynb #71-runs-18
+# %% ../nbs/71_runs.ipynb #71-runs-19
 def score(
     run:Run,
     model,
@@ -164,21 +173,22 @@ def score(
     y, names = s.pop("label"), np.array([clips.clips[i].name for i in s.pop("index")])
     return dict(name=names, y_a=y, y_b=run.tree.parent[y].numpy()) | s
 
-# %% ../nbs/71_runs.ipynb #71-runs-20
+# %% ../nbs/71_runs.ipynb #71-runs-21
 def train(
     run:Run,
     path:Path,           # the run's folder
     progress:bool=True,
-    workers:int=0,
+    workers:int=None,    # data-loading processes; see `readers`
 ):
     "Train a run, or go on with it, and write its folder."
     started = time.perf_counter()
     if is_first(): write_json(path/"config.json", asdict(run))
-    if not torch.cuda.is_available(): torch.set_num_threads(1)   # sums in the same order whatever the machine; runs go side by side instead
+    gpu, workers = torch.cuda.is_available(), readers() if workers is None else workers
+    if not gpu: torch.set_num_threads(1); keep_memory()          # sums in the same order whatever the machine; runs go side by side instead
     seed_epoch(run.seed, -1)
     model, loss = SYSTEMS[run.system].build(run)
     begin(run, model)
-    accelerator, env = make_accelerator(), environment(model)
+    accelerator = make_accelerator(); env = environment(model, accelerator)
     data = {s: clips_of(run, s, train=s=="train") for s in dict.fromkeys(("train", "val", run.split))}
     scores = lambda net, acc, split: score(run, net, acc, data[split], workers)
     def validate(net, acc):
@@ -199,7 +209,7 @@ def train(
         if base==run: (path/"checkpoint.safetensors").replace(path/"model.safetensors")
     accelerator.wait_for_everyone()
 
-# %% ../nbs/71_runs.ipynb #71-runs-21
+# %% ../nbs/71_runs.ipynb #71-runs-22
 def adopt(base:Run, model, path:Path)->list: # the history
     "Take another run's training: its weights into `model`, its history into `path`."
     model.load_state_dict(weights(base))
@@ -220,14 +230,12 @@ def cost(
                data=data_identity(run.data), recipe=RECIPE)
     return out | (dict(peak_gpu_memory_mb=torch.cuda.max_memory_allocated()//2**20) if torch.cuda.is_available() else {})
 
-# %% ../nbs/71_runs.ipynb #71-runs-23
-_CPU = dict(OMP_NUM_THREADS="1", MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="100000000000", MALLOC_TOP_PAD_="268435456")
-
+# %% ../nbs/71_runs.ipynb #71-runs-24
 def start(run:Run)->subprocess.Popen:
     "Start a run in a process of its own; its output goes to `log.txt` in its folder."
     run.path.mkdir(parents=True, exist_ok=True)
     write_json(run.path/"config.json", asdict(run))
-    env = os.environ | {"PCAN_ROOT": str(root())} | ({} if torch.cuda.is_available() else _CPU)
+    env = os.environ | {"PCAN_ROOT": str(root())} | ({} if torch.cuda.is_available() else dict(OMP_NUM_THREADS="1"))
     with open(run.path/"log.txt", "w") as log:
         return subprocess.Popen([sys.executable, "-m", "pcan.cli", "train", "--config", str(run.path/"config.json")], stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=env)
 
@@ -240,7 +248,7 @@ def epochs_done(run:Run)->int:
     history = run.path/"history.csv"
     return max(0, len(history.read_text().splitlines())-1) if history.exists() else 0
 
-# %% ../nbs/71_runs.ipynb #71-runs-25
+# %% ../nbs/71_runs.ipynb #71-runs-26
 def unfinished(runs)->list: # none twice
     "Runs that are still to be trained, each after those it begins with."
     out = {}
@@ -261,7 +269,7 @@ def ready(
         elif not before: free.append(r)
     return free
 
-# %% ../nbs/71_runs.ipynb #71-runs-26
+# %% ../nbs/71_runs.ipynb #71-runs-27
 class RunError(RuntimeError):
     "Some runs failed; the message ends with the end of their logs."
 
@@ -299,7 +307,7 @@ def get_all(
     if failed: raise RunError(f"{len(failed)} of {len(missing)} runs failed; the others are kept.\n" + "\n".join(f"--- {r.name} ({r.path}/log.txt)\n{log}" for r,log in failed.items()))
     return [get(r) for r in runs]
 
-# %% ../nbs/71_runs.ipynb #71-runs-28
+# %% ../nbs/71_runs.ipynb #71-runs-29
 def agreement(
     runs:list,    # finished runs
     other:Path,   # another store of runs, `reports/runs` of somebody else

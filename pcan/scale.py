@@ -22,10 +22,11 @@ def is_first()->bool:
     return int(os.environ.get("RANK", 0))==0
 
 def make_accelerator(): # an `accelerate.Accelerator`
-    "Where to train: a GPU in bfloat16 if there is one, else this CPU in float32. A loader's batch is that of all processes together."
+    "Where to train: a GPU in bfloat16 if there is one, else this CPU in float32, unless accelerate's own variables say otherwise. A loader's batch is that of all processes together."
     from accelerate import Accelerator, DataLoaderConfiguration
     gpu = torch.cuda.is_available()
-    return Accelerator(mixed_precision="bf16" if gpu and torch.cuda.is_bf16_supported() else "no", cpu=processes()>1 and not gpu,
+    usual = "bf16" if gpu and torch.cuda.is_bf16_supported() else "no"
+    return Accelerator(mixed_precision=os.environ.get("ACCELERATE_MIXED_PRECISION", usual), cpu=processes()>1 and not gpu,
                        dataloader_config=DataLoaderConfiguration(split_batches=True))
 
 def agreed(x): # anything that can be pickled

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RULES', 'Optim', 'lr_at', 'parameter_groups', 'make_optimizer', 'seed_epoch', 'train_epoch', 'save_checkpoint',
-           'load_checkpoint', 'predict', 'set_epoch', 'laid_out', 'write_csv', 'fit']
+           'load_checkpoint', 'predict', 'keep_memory', 'set_epoch', 'laid_out', 'write_csv', 'fit']
 
 # %% ../nbs/70_train.ipynb #70-train-02
-import json, math, time
+import ctypes, json, math, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -177,7 +177,15 @@ def predict(
     order = out["index"].argsort()
     return {k: (v[order].half() if v.is_floating_point() else v[order]).numpy() for k,v in out.items()}
 
-# %% ../nbs/70_train.ipynb #70-train-25
+# %% ../nbs/70_train.ipynb #70-train-26
+def keep_memory()->bool: # False where the C library is not glibc, and nothing was done
+    "Let the process keep the memory it frees instead of giving it back at once."
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError): return False
+    trim, top_pad, mmap_max = -1, -2, -4                             # of <malloc.h>
+    return all(mallopt(k, v) for k,v in ((mmap_max, 0), (trim, 2**31-1), (top_pad, 2**28)))
+
+# %% ../nbs/70_train.ipynb #70-train-28
 def set_epoch(
     loader,    # its clips draw anew
     epoch:int, # from 0
@@ -202,7 +210,7 @@ def write_csv(
         w = csv.DictWriter(f, list(dict.fromkeys(k for r in rows for k in r)), lineterminator="\n")
         w.writeheader(); w.writerows(rows)
 
-# %% ../nbs/70_train.ipynb #70-train-26
+# %% ../nbs/70_train.ipynb #70-train-29
 def fit(
     model,
     loss_fn,             # outputs, labels -> loss, parts

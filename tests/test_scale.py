@@ -31,7 +31,7 @@ class Maps(torch.nn.Module):
 
 def learn(path, reading, epochs, stop=None, n=26, **changes):
     "A training of PCAN on noise; what the process saw goes beside it."
-    from pcan.data import _Order
+    from pcan.clips import _Order
     from pcan.model import READINGS, fuse, pcan
     from pcan.tree import MA52
     torch.set_num_threads(1); torch.manual_seed(7)

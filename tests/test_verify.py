@@ -2,6 +2,7 @@
 import csv, shutil
 import pytest
 from pcan import cli, config, runs, verify as v
+from pcan.scale import make_accelerator
 from pcan.files import DataError, read_json, root, write_json
 from pcan.report import METRICS
 
@@ -38,7 +39,7 @@ def test_chosen_runs():
 
 def test_a_finished_run_says_what_decides_its_bits():
     import torch
-    said = runs.environment(torch.nn.Linear(1, 1)) | dict(frames="drawn")
+    said = runs.environment(torch.nn.Linear(1, 1), make_accelerator()) | dict(frames="drawn")
     assert v.apart(said, said)==[]
 
 # ---- from shell to status, with a result that is only copied
