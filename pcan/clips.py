@@ -7,6 +7,7 @@ __all__ = ['cache_path', 'build_cache', 'run_all', 'sampled', 'item', 'Clips', '
 
 # %% ../nbs/15_clips.ipynb #15-clips-02
 import os, shutil, numpy as np, torch
+from contextlib import suppress
 from pathlib import Path
 from torch.utils.data import DataLoader, Dataset, Sampler
 from .augment import ClipSpec, random_box, sample_dense, sample_uniform
@@ -64,7 +65,7 @@ def build_cache(
     clips, place = read_split(root, split), cache_path(root, split, spec, folder)
     plan, part = _plan(root, split, clips, spec), place.with_name(place.name+".part")
     with one_at_a_time(place):
-        if _current(place, plan): return place
+        if _current(place, plan): return _wanted(place)
         starts, total = np.cumsum([0, *plan["frames"]]), sum(plan["frames"])
         if not _current(part, plan): _blank(part, plan, total)
         _job.update(clips=clips, spec=spec, source=source, starts=starts, folder=part)
@@ -80,14 +81,26 @@ def _current(place, plan): return (place/"index.json").is_file() and read_json(p
 def _blank(part, plan, total): # an empty cache, nothing done
     if part.exists(): shutil.rmtree(part)
     part.mkdir(parents=True)
-    need, free = total*plan["side"]**2*3/2**30, shutil.disk_usage(part).free/2**30
-    if need>.95*free:
-        raise DataError(complaint(part, f"{free:.1f} GiB free", f"{need:.1f}; make room or decode every time (`cache=False`)"))
+    _room(part, total*plan["side"]**2*3/2**30)
     np.lib.format.open_memmap(part/"rgb.npy", "w+", np.uint8, (total, plan["side"], plan["side"], 3))
     np.save(part/"done.npy", np.zeros(len(plan["names"]), np.uint8))
     write_json(part/"index.json", plan)
 
 # %% ../nbs/15_clips.ipynb #15-clips-09
+def _wanted(place): # notes when a cache was last asked for; one that is only lent can be read all the same
+    with suppress(OSError): os.utime(place/"index.json")
+    return place
+
+def _room(part, need): # a DataError if so many GiB do not fit on the disk, or not below $PCAN_CACHE_GIB
+    free, limit = shutil.disk_usage(part).free/2**30, float(os.environ.get("PCAN_CACHE_GIB", "inf"))
+    others = sorted((p for p in part.parent.iterdir() if (p/"index.json").is_file() and p!=part), key=lambda p: (p/"index.json").stat().st_mtime)
+    size = {p: (p/"rgb.npy").stat().st_size/2**30 for p in others if (p/"rgb.npy").is_file()}
+    used, longest = sum(size.values()), ", ".join(f"{p.name} ({g:.1f})" for p,g in list(size.items())[:3]) or "none"
+    cure = f"delete caches that are no longer wanted (unused for longest, with GiB: {longest}) or decode every time (`cache=False`)"
+    if need>.95*free: raise DataError(complaint(part, f"{free:.1f} GiB free", f"{need:.1f}; {cure}"))
+    if used+need>limit: raise DataError(complaint(part.parent, f"{used:.1f} GiB of caches below a limit of {limit:g} ($PCAN_CACHE_GIB)", f"room for {need:.1f} more; {cure}"))
+
+# %% ../nbs/15_clips.ipynb #15-clips-10
 def run_all(
     f,                # of one job
     jobs:list,        # what `f` is given
@@ -103,7 +116,7 @@ def run_all(
     if workers<2 or len(jobs)<2: return [f(j) for j in bar(jobs)]
     with pool(min(workers, len(jobs))) as p: return list(bar(p.imap(f, jobs, chunksize=4)))
 
-# %% ../nbs/15_clips.ipynb #15-clips-16
+# %% ../nbs/15_clips.ipynb #15-clips-17
 def _rng(*key): return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(key)))
 
 def sampled(
@@ -135,7 +148,7 @@ def item(
     return dict(rgb=torch.from_numpy(rgb), keypoint=torch.from_numpy(kp), crop=torch.from_numpy(box.astype(np.float32)),
                 flip=bool(rng is not None and rng.rand()<spec.flip))
 
-# %% ../nbs/15_clips.ipynb #15-clips-20
+# %% ../nbs/15_clips.ipynb #15-clips-21
 class Clips(Dataset):
     "Clips of one split as items: bytes, coordinates, and what is to be done with them."
     def __init__(self,
@@ -173,14 +186,14 @@ class Clips(Dataset):
         if self._rgb is None: self._rgb = np.load(self.cache, mmap_mode="r")
         return self._rgb[self.starts[i]+at]
 
-# %% ../nbs/15_clips.ipynb #15-clips-21
+# %% ../nbs/15_clips.ipynb #15-clips-22
 def _getitem(self, i:int)->dict:
     i = int(i)
     rng = _rng(self.seed, self.epoch, i) if self.train else None
     return item(self.keypoint[i], lambda at: self.frames(i, at), self.spec, rng) | dict(label=int(self.labels[i]), index=i)
 Clips.__getitem__ = _getitem
 
-# %% ../nbs/15_clips.ipynb #15-clips-27
+# %% ../nbs/15_clips.ipynb #15-clips-28
 class _Order(Sampler):
     def __init__(self, clips, seed, shuffle): self.clips, self.seed, self.shuffle = clips, seed, shuffle
     def __len__(self): return len(self.clips)

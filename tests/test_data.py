@@ -19,6 +19,7 @@ from pcan.augment import ClipSpec, prepare
 from pcan.clips import Clips, build_cache, cache_path, loader
 from pcan.data import manifest_sha, read_keypoints, read_list, read_split
 from pcan.files import DataError, write_json
+from pcan.synth import SynthSpec, generate
 from pcan.tree import MA52
 from pcan.validation import validate
 from pcan.video import person_frames, video
@@ -548,3 +549,16 @@ def test_names_of_another_data_set(tiny):
     assert validate(tiny, workers=1).ok
     names.write_text("".join(f"{k}\t{a}\n" for k, a in enumerate(("sneezing",) + MA52.actions[1:])))
     assert any("'sneezing'" in p and "'shaking body'" in p for p in validate(tiny, workers=1).problems)
+
+
+def test_caches_have_a_limit(tmp_path, monkeypatch):
+    "A cache that would pass `PCAN_CACHE_GIB` is not begun; the message names the one that was unused for longest."
+    small = SynthSpec("small", (12,4,4), subjects=20, tail=0., frames=8, size=(96,96))
+    toy = tmp_path/"small"; generate(small, toy, workers=1, progress=False)
+    spec = ClipSpec(side=36, rgb_size=32, pose_size=12)
+    first = build_cache(toy, "val", spec, folder=tmp_path/"cache", workers=1, progress=False)
+    monkeypatch.setenv("PCAN_CACHE_GIB", str(first.joinpath("rgb.npy").stat().st_size*1.5/2**30))
+    with pytest.raises(DataError, match=f"PCAN_CACHE_GIB.*{first.name}"): build_cache(toy, "test", spec, folder=tmp_path/"cache", workers=1, progress=False)
+    assert build_cache(toy, "val", spec, folder=tmp_path/"cache", workers=1)==first, "what is there is read"
+    monkeypatch.delenv("PCAN_CACHE_GIB")
+    assert build_cache(toy, "test", spec, folder=tmp_path/"cache", workers=1, progress=False).is_dir()
