@@ -2,6 +2,7 @@
 # make reports FRESH=1       the same from nothing, into reports/fresh, beside the committed results
 # make reports SYSTEMS=all   with the fourteen other systems of Table 1
 # make test                  notebooks and package in sync, linter, notebook tests, pytest, a smoke run of every experiment; how much of pcan/ pytest ran
+# make speed                how fast everything is beside the reference's algorithm, on this machine: the page Speed of profile bench
 # make verify               one cheap run of each table again, compared with the committed result; TABLES=systems chooses
 # make test-site             the committed pages and that of pcan_demo in a browser (needs Chromium): console, requests, pictures, links, phone, dark, paper
 # make pose-env             the environment of its own that pcan_pose wants (mmpose, numpy below 2): .venv-pose, 1.6 GB
@@ -21,7 +22,7 @@ BIN     := $(VENV)/bin
 JOBS    ?= $(shell nproc 2>/dev/null || echo 2)
 LEAST   ?= 85
 
-.PHONY: help install reports verify test test-slow test-site test-fuzz test-compat pose-env test-pose notebooks readme data clean
+.PHONY: help install reports speed verify test test-slow test-site test-fuzz test-compat pose-env test-pose notebooks readme data clean
 help:
 	@grep '^# make' Makefile | cut -c3-
 
@@ -62,6 +63,10 @@ $(OLDEST)/.installed $(NEWEST)/.installed:
 reports: install
 	$(BIN)/nbdev_export
 	$(BIN)/pcan_report --profile $(PROFILE) $(if $(SYSTEMS),--systems $(SYSTEMS)) $(if $(FRESH),--fresh)
+
+speed: install
+	$(BIN)/nbdev_export
+	$(BIN)/pcan_report --profile bench --only speed
 
 verify: install
 	$(BIN)/pcan_verify --profile $(PROFILE) $(if $(TABLES),--tables $(TABLES))
