@@ -6,7 +6,7 @@ import pytest
 from nbformat import v4
 from sklearn.metrics import f1_score
 
-from pcan import files, report, site, verdicts
+from pcan import audit, files, report, site, verdicts
 from pcan.tree import MA52
 
 NAMES = list(report.METRICS)
@@ -53,7 +53,7 @@ def test_best_is_bold_and_labels_are_text(at):
 
 @pytest.mark.parametrize("profile, differences", [("quick", False), ("paper", True)])
 def test_differences_to_the_paper_only_on_its_data(at, profile, differences):
-    t = report.table_html(rows("PCAN"), report.paper_table("table1").loc[["PCAN"]], profile, "c")
+    t = report.table_html(rows("PCAN"), audit.paper_table("table1").loc[["PCAN"]], profile, "c")
     assert ("minus the paper" in t)==differences and ("orientation" in t)!=differences
 
 
@@ -61,8 +61,8 @@ def test_paper_tables_have_our_labels(at):
     from pcan.config import plan
     for name in ("table1", "table2", "table3"):
         labels = list(plan(name, "smoke"))
-        assert [l for l in labels if l not in report.paper_table(name).index]==[]
-        if name!="table1": assert list(report.paper_table(name).index)==labels
+        assert [l for l in labels if l not in audit.paper_table(name).index]==[]
+        if name!="table1": assert list(audit.paper_table(name).index)==labels
 
 
 def test_scores_equal_sklearn():

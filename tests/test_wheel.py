@@ -1,5 +1,5 @@
 "What an installed package holds, and that it works where there is no checkout."
-import os, re, shutil, subprocess, sys, tarfile, zipfile
+import importlib, os, re, shutil, subprocess, sys, tarfile, zipfile
 from pathlib import Path
 import pytest
 
@@ -43,11 +43,10 @@ def test_the_source_archive_holds_what_builds_the_wheel(sdist):
 
 def test_commands_exist():
     from configparser import ConfigParser
-    from pcan import cli
     ini = ConfigParser(delimiters=["="]); ini.read(ROOT/"settings.ini", encoding="utf-8")
     for line in ini["DEFAULT"]["console_scripts"].split():
         name, at = line.split("=")
-        assert at.startswith("pcan.cli:") and callable(getattr(cli, at.partition(":")[2])) and name=="pcan_"+at.partition(":")[2]
+        assert at.partition(":")[0] in ("pcan.cli", "pcan.apply") and callable(getattr(importlib.import_module(at.partition(":")[0]), at.partition(":")[2])) and name=="pcan_"+at.partition(":")[2]
 
 @pytest.mark.compat
 @pytest.mark.parametrize("what", ["wheel", "sdist"])
