@@ -7,6 +7,7 @@
 # make test-site             the committed pages and that of pcan_demo in a browser (needs Chromium): console, requests, pictures, links, phone, dark, paper
 # make pose-env             the environment of its own that pcan_pose wants (mmpose, numpy below 2): .venv-pose, 1.6 GB
 # make test-pose            poses of a short synthetic video by a real whole-body model with random weights; makes the environment if missing
+# make test-faults           runs killed at twenty moments, disks that fill up, files cut short: what is finished stays, the rest goes on; writes reports/faults.csv
 # make test-fuzz             wrong files of every kind, a minute of them: refused by a sentence, or right; FUZZ_SECONDS=600 looks longer
 # make test-compat           the tests on the oldest versions we promise (Python 3.11, numpy 1.26) and the newest (3.12), in environments of their own; the wheel used in an empty folder
 # make test-slow             every system at the paper's size, forward and backward: minutes
@@ -22,7 +23,7 @@ BIN     := $(VENV)/bin
 JOBS    ?= $(shell nproc 2>/dev/null || echo 2)
 LEAST   ?= 85
 
-.PHONY: help install reports speed verify test test-slow test-site test-fuzz test-compat pose-env test-pose notebooks readme data clean
+.PHONY: help install reports speed verify test test-slow test-site test-faults test-fuzz test-compat pose-env test-pose notebooks readme data clean
 help:
 	@grep '^# make' Makefile | cut -c3-
 
@@ -82,6 +83,9 @@ test: install
 	@$(COVER) combine -q
 	@echo "Least covered by pytest:"; $(COVER) report --sort=cover | sed -n '1p;3,7p'
 	@echo "Percent of pcan/ (at least $(LEAST)):"; $(COVER) report --format=total --fail-under=$(LEAST)
+
+test-faults: install
+	PCAN_FAULTS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_faults.py -m ""
 
 test-fuzz: install
 	OMP_NUM_THREADS=1 $(if $(FUZZ_SECONDS),FUZZ_SECONDS=$(FUZZ_SECONDS)) $(BIN)/python -m pytest -m fuzz -rP

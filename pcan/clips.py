@@ -76,7 +76,12 @@ def build_cache(
         (place/"done.npy").unlink()
     return place
 
-def _current(place, plan): return (place/"index.json").is_file() and read_json(place/"index.json")==plan
+def _current(place, plan): # is it whole, and made from what is there now?
+    try:
+        same = read_json(place/"index.json")==plan and np.load(place/"rgb.npy", mmap_mode="r").shape[0]==sum(plan["frames"])
+        if place.name.endswith(".part"): same = same and len(np.load(place/"done.npy"))==len(plan["names"])
+        return same
+    except (OSError, ValueError, EOFError): return False              # missing, cut short or garbled: it is made again
 
 def _blank(part, plan, total): # an empty cache, nothing done
     if part.exists(): shutil.rmtree(part)

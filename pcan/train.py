@@ -233,19 +233,19 @@ def fit(
     model = laid_out(one_norm(model.to(accelerator.device)))
     optimizer = make_optimizer(model, o)
     history = load_checkpoint(checkpoint, model, optimizer) if checkpoint.exists() else []
+    if history and accelerator.is_main_process: write_csv(path/"history.csv", history)   # a run that ended between the two writes
     net, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    bar = tqdm(total=o.epochs*len(loader), initial=len(history)*len(loader), desc=path.name, unit="step", mininterval=1, disable=not(progress and accelerator.is_main_process))
-    for epoch in range(len(history), o.epochs if stop_after is None else min(o.epochs, len(history)+stop_after)):
-        start = time.perf_counter()
-        seed_epoch(seed, epoch, accelerator.process_index)
-        set_epoch(loader, epoch)
-        row = {"epoch": epoch+1, **train_epoch(net, loss_fn, loader, optimizer, accelerator, prepare, o, epoch, bar.update)}
-        row["seconds"] = round(time.perf_counter()-start, 2)
-        if validate and (not (epoch+1)%every or epoch+1==o.epochs): row |= validate(net, accelerator)
-        history.append(row); bar.set_postfix({k: f"{row[k]:.3f}" for k in list(row) if k=="loss" or k.endswith("fused/action_top1")})
-        if accelerator.is_main_process:
-            save_checkpoint(checkpoint, model, optimizer, history)
-            write_csv(path/"history.csv", history)
-        accelerator.wait_for_everyone()
-    bar.close()
+    with tqdm(total=o.epochs*len(loader), initial=len(history)*len(loader), desc=path.name, unit="step", mininterval=1, disable=not(progress and accelerator.is_main_process)) as bar:
+        for epoch in range(len(history), o.epochs if stop_after is None else min(o.epochs, len(history)+stop_after)):
+            start = time.perf_counter()
+            seed_epoch(seed, epoch, accelerator.process_index)
+            set_epoch(loader, epoch)
+            row = {"epoch": epoch+1, **train_epoch(net, loss_fn, loader, optimizer, accelerator, prepare, o, epoch, bar.update)}
+            row["seconds"] = round(time.perf_counter()-start, 2)
+            if validate and (not (epoch+1)%every or epoch+1==o.epochs): row |= validate(net, accelerator)
+            history.append(row); bar.set_postfix({k: f"{row[k]:.3f}" for k in list(row) if k=="loss" or k.endswith("fused/action_top1")})
+            if accelerator.is_main_process:
+                save_checkpoint(checkpoint, model, optimizer, history)
+                write_csv(path/"history.csv", history)
+            accelerator.wait_for_everyone()
     return history
