@@ -2,7 +2,7 @@
 from pathlib import Path
 import pytest
 from pcan import config, runs
-from pcan.files import read_json
+from pcan.files import root, read_json
 from pcan.report import read_table
 
 RUNS = sorted((Path(__file__).resolve().parent.parent/"reports"/"runs").glob("*/metrics.json"))
@@ -16,6 +16,14 @@ def test_run(path):
     for split,m in result.metrics.items(): assert runs.measure(result.scores(split))==m
     assert len(result.history)==run.optim.epochs
     assert {"commit", "torch", "device", "seconds", "data", "recipe", "peak_memory_mb"} <= set(result.environment)
+    assert result.environment["recipe"]==config.RECIPE, "made by an older recipe than its name says: train it again"
+
+def test_faults_were_survived():
+    "What `make test-faults` wrote: every fault was tried, none was fatal."
+    import csv
+    with open(root()/"reports"/"faults.csv", encoding="utf-8") as f: rows = list(csv.DictReader(f))
+    kills = sum(int(r["times"]) for r in rows if r["fault"].startswith("SIG"))
+    assert kills>=20 and {"no room for a file", "a disk that fills up", "videos removed in mid-epoch", "a reading process killed"} <= {r["fault"] for r in rows}
 
 @pytest.mark.parametrize("profile,table", [("bench", t) for t in ("table1", "table2", "table3", "readings", "choices", "repaired")])
 def test_table(profile, table):
