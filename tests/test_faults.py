@@ -1,9 +1,8 @@
 """What may happen to a run, and what must not: nothing finished is lost, nothing half-written is read as whole, and a run that goes on ends as an undisturbed one.
 
 Three kills are part of `make test`; `make test-faults` kills twenty times, fills a disk, cuts every file short, and writes what was survived to reports/faults.csv."""
-import json, os, random, shutil, signal, subprocess, sys, time
+import os, random, shutil, signal, subprocess, sys, time
 from dataclasses import asdict, replace
-from pathlib import Path
 import numpy as np
 import pytest
 from pcan import config, runs
