@@ -231,7 +231,7 @@ def _pose(kp, box, flip, order, spec, m): # joints of a batch -> what the Pose s
 # %% ../nbs/12_augment.ipynb #12-augment-34
 @torch.no_grad()
 def prepare(
-    batch:dict,     # of `pcan.data`: rgb `(B,[N,]T,S,S,3)` uint8, keypoint `(B,[N,]T,V,3)`, crop `(B,4)`, flip `(B,)`
+    batch:dict,     # of `pcan.clips`: rgb `(B,[N,]T,S,S,3)` uint8, keypoint `(B,[N,]T,V,3)`, crop `(B,4)`, flip `(B,)`
     spec:ClipSpec,  # sizes
     train:bool,     # training sizes or test sizes
 )->tuple:           # rgb `(B*N,3 or 6,T,s,s)` normalised, pose `(B*N,V,T,h,w)` or `(B*N,T,V,3)`; None for a stream that is off

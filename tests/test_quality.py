@@ -12,7 +12,7 @@ each_module = pytest.mark.parametrize("module", MODULES)
 
 # Words that mean the same everywhere are explained here, not at every function.
 GLOSSARY = dict(
-    run="a `pcan.runs.Run`", profile="a name from `PROFILES`", split="train, val or test", stream="rgb, pose or fused", spec="a `ClipSpec`, or a `SynthSpec` of `synth`",
+    run="a `pcan.config.Run`", profile="a name from `PROFILES`", split="train, val or test", stream="rgb, pose or fused", spec="a `ClipSpec`, or a `SynthSpec` of `synth`",
     model="the network, a torch module", argv="what follows a command's name; None: what the shell gave", tree="an `ActionTree`", card="a `Card`", clip="a `Clip`",
     path="of a file", folder="of files", progress="show a bar", workers="processes", seed="of whatever is drawn at random", device="of torch",
     ax="axes to draw on; None: new ones", img="a picture `(h,w,3)`", colour="red, green, blue", caption="a line below", pen="draws on the overview",
