@@ -5,6 +5,7 @@ milliseconds after the training began, the signal is sent to it, or (fsync only)
 import errno, json, os, signal, sys, threading, time
 
 def main(event, number, what, *args):
+    signal.signal(signal.SIGINT, signal.default_int_handler)     # a background job would ignore Ctrl-C
     import pcan.runs
     seen = dict(fsync=0, replace=0)
     def strike():
