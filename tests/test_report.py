@@ -154,7 +154,8 @@ def test_committed_pages_need_nothing_from_elsewhere(path):
             if anchor: assert f'id="{anchor}"' in target.read_text(encoding="utf-8"), to
     if path.parent.name=="pages": assert all(s.startswith("data:image/png;base64,") for s in re.findall(r'<img[^>]* src="([^"]*)"', text))
     for caption in re.findall(r"<(?:fig)?caption>(.*?)</(?:fig)?caption>", text, re.S): assert re.search("Synthetic benchmark|MA-52, profile|numbers that the paper prints|Our own answers|Counted, not measured", caption), caption
-    assert all(w in text.split("<footer>")[1] for w in ("make reports", *(("Commit", "Data", "Seeds", "Versions", "Device", "Training", "config.json", "pcan_report") if path.parent.name=="pages" and path.stem!="audit" else ())))   # the audit is of the paper alone: no runs
+    assert all(w in text.split("<footer>")[1] for w in ("make reports", *(("Commit", "Data", "Seeds", "Versions", "Device", "Training", "config.json", "pcan_report") if path.parent.name=="pages" and path.stem not in ("audit", "speed") else ())))   # the audit is of the paper alone, speed of the machine: no runs
+    if path.stem=="speed" and path.parent.name=="pages": assert re.search(r"Commit</th><td[^>]*>[0-9a-f]{12}<", text), "of which commit?"
 
 
 def test_committed_pages_are_current():
