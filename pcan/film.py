@@ -9,7 +9,7 @@ __all__ = ['POSE_AGAIN', 'Film', 'open_film', 'People', 'read_people', 'fit_peop
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
-from .data import best_person, clip_name, score_of, wrong_keypoints
+from .data import best_person, clip_name, entry_name, score_of, wrong_keypoints
 from .files import DataError, load_pickle
 from .video import AGAIN, brief, no_video, open_video
 
@@ -81,7 +81,7 @@ def read_people(
     if not isinstance(rows, (list,tuple)) or not all(isinstance(r, dict) for r in rows) or not rows:
         found = f"a list of {type(rows[0]).__name__}" if isinstance(rows, (list,tuple)) and rows else "no entry" if isinstance(rows, (list,tuple)) else type(rows).__name__
         raise DataError(f"{path}: found {found}; expected dicts with joints, as `pcan_pose` writes them")
-    named = {clip_name(r.get("frame_dir") or r.get("filename") or name): r for r in rows}
+    named = {clip_name(entry_name(r) or name): r for r in rows}
     if len(named)>1 and stem not in named:
         raise DataError(f"{path}: found joints of {len(named):,} videos ({', '.join(list(named)[:3])} ...), none of {stem}; expected one of this name")
     found = stem if stem in named else next(iter(named))
